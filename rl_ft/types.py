@@ -1,0 +1,63 @@
+"""The carriers of the training loop: what generation, rollout, buffer and learner hand each other.
+
+They hold plain Python values (ids, floats, text), so they travel through Ray as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """One sampled answer, with what the sampler thought of every token.
+
+    `token_ids` includes the end-of-sequence token when the model emitted it
+    (`finish_reason == "stop"`); `logprobs` has one entry per token, at temperature 1.
+
+    Example:
+        Completion(token_ids=(17, 5, 2), logprobs=(-0.01, -0.7, -0.0),
+                   text='{"phase": "C"}', finish_reason="stop", weights_version=12)
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: str
+    """stop or length."""
+    weights_version: int
+    """The policy that sampled it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutGroup:
+    """One decision state with its G scored completions.
+
+    `valid[i]` is False where completion i must not be trained on because its simulation failed
+    (a failed simulation is never a reward); its reward and advantage are then 0 and unused.
+    """
+
+    group_id: str
+    """scenario/seed/time/junction: names the instant."""
+    prompt_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+    rewards: tuple[float, ...]
+    advantages: tuple[float, ...]
+    valid: tuple[bool, ...]
+    stats: dict[str, float] = field(default_factory=dict)
+    """Reward breakdown and health figures of this group, averaged into the step's metrics."""
+
+    @property
+    def weights_version(self) -> int:
+        """Version of the oldest completion."""
+        return min(c.weights_version for c in self.completions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsRef:
+    """A published version of the policy; `payload` is what the transport needs to fetch it."""
+
+    version: int
+    digest: str
+    """Hash over names, shapes and bytes of all tensors: `rl_ft.weights.digest`."""
+    payload: object
