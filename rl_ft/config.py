@@ -1,0 +1,242 @@
+"""Everything a run can be told, as one frozen tree; recipes are small YAML files over its defaults.
+
+Names of GRPO hyper-parameters are TRL's. A key that does not exist is an error, never ignored.
+This module does not read the command line and imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Teacher = Literal["max_pressure", "lookahead"]
+Controller = Literal["fixed", "actuated", "max_pressure", "max_wave", "random", "lookahead"]
+
+
+class Section(BaseModel):
+    """Base of every part of the tree: immutable, strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ScenarioConfig(Section):
+    """Which traffic worlds a run trains on and which it is judged on."""
+
+    train: tuple[str, ...] = ("generated:1-48",)
+    """Scenario names; `generated:1-48` stands for 48 of them."""
+    held_out: tuple[str, ...] = ("generated:1001-1003", "resco:cologne1", "resco:ingolstadt1")
+
+
+class TinyModelConfig(Section):
+    """Size of the from-scratch model (Qwen3 architecture) of the laptop recipe."""
+
+    hidden_size: int = Field(128, gt=0, multiple_of=32)
+    intermediate_size: int = Field(384, gt=0)
+    num_hidden_layers: int = Field(4, gt=0)
+    head_dim: int = 32
+    num_attention_heads: int = Field(4, gt=0)
+    num_key_value_heads: int = Field(4, gt=0)
+
+
+class LoraSettings(Section):
+    """PEFT adapter; None in `ModelConfig.lora` trains all parameters."""
+
+    r: int = Field(16, gt=0)
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    name_or_path: str = "tiny"
+    """`tiny` builds the from-scratch model; else a Hugging Face id or folder."""
+    tiny: TinyModelConfig = TinyModelConfig()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoraSettings | None = None
+    max_prompt_length: int = Field(512, gt=0)
+
+
+class BehaviourConfig(Section):
+    """Who drives while decision states are collected: a share for each, normalised."""
+
+    policy: float = Field(0.0, ge=0)
+    max_pressure: float = Field(0.4, ge=0)
+    max_wave: float = Field(0.4, ge=0)
+    random: float = Field(0.2, ge=0)
+    swap_interval_s: float = Field(60.0, gt=0)
+    """How often the driver is drawn again."""
+
+
+class PrepareConfig(Section):
+    """Decision states with the teachers' answers."""
+
+    num_states: int = Field(2400, gt=0)
+    num_eval_states: int = Field(200, ge=0)
+    teachers: tuple[Teacher, ...] = ("max_pressure", "lookahead")
+    min_queue_veh: int = Field(1, ge=0)
+    """States with fewer queued and approaching vehicles teach little and are skipped."""
+    states_per_episode: int = Field(50, gt=0)
+    warm_up_s: float = Field(120.0, ge=0)
+    behaviour: BehaviourConfig = BehaviourConfig()
+
+
+class SftConfig(Section):
+    """Supervised warm start; names are TRL's `SFTConfig`."""
+
+    num_train_epochs: float = Field(3.0, gt=0)
+    per_device_train_batch_size: int = Field(32, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    weight_decay: float = Field(0.01, ge=0)
+    label_noise: float = Field(0.0, ge=0, lt=1)
+    """Share of rows whose answer is replaced by a random legal one: keeps entropy to explore."""
+
+
+class RewardConfig(Section):
+    """What an answer earns: weights on the terms of a measured Outcome, plus the format."""
+
+    horizon_s: float = Field(60.0, gt=0)
+    follow: Literal["max_wave", "max_pressure"] = "max_wave"
+    """Base controller that continues after the candidate action."""
+    time_loss: float = 1.0
+    junction_time_loss: float = 0.0
+    halting: float = 0.0
+    scale_floor: float = Field(5.0, gt=0)
+    """Veh s: the traffic reward of a group is divided by its deviation, but by no less."""
+    format_strict: float = 0.0
+    format_partial: float = -0.5
+    format_invalid: float = -2.0
+
+
+class RolloutConfig(Section):
+    """How groups are made."""
+
+    num_states: int = Field(48, gt=0)
+    """Groups per optimiser step."""
+    num_worlds: int = Field(16, gt=0)
+    """Simulations alive at once, spread over `ray.num_world_actors`."""
+    behaviour: BehaviourConfig = BehaviourConfig(
+        policy=0.7, max_pressure=0.1, max_wave=0.1, random=0.1
+    )
+    min_queue_veh: int = Field(2, ge=0)
+    min_distinct: int = Field(2, ge=1)
+    """Groups with fewer distinct actions are zero-variance: refilled up to `max_refills` rounds."""
+    max_refills: int = Field(2, ge=0)
+    episode_s: float = Field(1800.0, gt=0)
+    warm_up_s: float = Field(60.0, ge=0)
+    call_timeout_s: float = Field(120.0, gt=0)
+
+
+class GrpoConfig(Section):
+    """The objective; names and meaning are TRL's `GRPOConfig`."""
+
+    max_steps: int = Field(120, gt=0)
+    num_generations: int = Field(8, gt=1)
+    max_completion_length: int = Field(16, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    learning_rate: float = Field(3e-4, ge=0)
+    warmup_steps: int = Field(10, ge=0)
+    lr_scheduler_type: str = "cosine"
+    adam_beta2: float = 0.99
+    weight_decay: float = 0.0
+    max_grad_norm: float = Field(1.0, gt=0)
+    loss_type: str = "dapo"
+    epsilon: float = 0.2
+    epsilon_high: float = 0.28
+    beta: float = 0.0
+    entropy_coef: float = Field(0.0, ge=0)
+    groups_per_micro_batch: int = Field(16, gt=0)
+    save_steps: int = Field(20, gt=0)
+    eval_steps: int = Field(0, ge=0)
+    """Closed-loop check on validation scenarios every so many steps; 0 = only at the end."""
+    min_entropy: float = Field(0.01, ge=0)
+    """Entropy guard: below it for `patience` steps the run stops with the cause."""
+    patience: int = Field(20, gt=0)
+
+
+class GenerationConfig(Section):
+    """The vLLM engine."""
+
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """CPU only."""
+    max_model_len: int = Field(640, gt=0)
+    max_num_seqs: int = Field(512, gt=0)
+    reproducible: bool = False
+    """Seed every request: identical runs, several times slower."""
+
+
+class ParityConfig(Section):
+    """The gate: trainer and sampler must agree on the log-probs of real completions."""
+
+    max_logprob_diff: float = Field(1e-3, gt=0)
+    """Largest mean absolute difference tolerated (float32: about 1e-6; bfloat16: use 5e-2)."""
+    num_prompts: int = Field(8, gt=0)
+
+
+class HealthConfig(Section):
+    """Budgets: beyond one of them the run stops and names it."""
+
+    max_failed_share: float = Field(0.2, ge=0, le=1)
+    max_invalid_share: float = Field(0.5, ge=0, le=1)
+    max_zero_variance_share: float = Field(0.9, ge=0, le=1)
+    patience: int = Field(5, gt=0)
+    """Consecutive steps beyond a budget before the run stops."""
+
+
+class EvaluateConfig(Section):
+    """The closed loop that decides."""
+
+    seeds: int = Field(5, gt=0)
+    """Simulation seeds 1..n, the same for every policy (paired)."""
+    controllers: tuple[Controller, ...] = ("fixed", "max_pressure", "max_wave", "lookahead")
+    baseline: str = "max_pressure"
+    lookahead_horizon_s: float = Field(60.0, gt=0)
+    fallback: Controller = "max_pressure"
+    """Decides where a model's answer is invalid; counted."""
+
+
+class RayConfig(Section):
+    """Resources."""
+
+    address: str | None = None
+    """None starts a private local cluster; `auto` or host:port joins one."""
+    num_cpus: int = Field(4, gt=0)
+    """Logical CPUs of a private cluster."""
+    num_world_actors: int = Field(2, gt=0)
+    cpus_per_world_actor: float = 0.5
+    cpus_per_generator: float = 1.0
+    cpus_per_learner: float = 1.0
+    torch_threads: int = Field(2, gt=0)
+
+
+class Config(Section):
+    """One run, completely."""
+
+    recipe: str = "tiny-cpu"
+    seed: int = 1
+    scenarios: ScenarioConfig = ScenarioConfig()
+    model: ModelConfig = ModelConfig()
+    prepare: PrepareConfig = PrepareConfig()
+    sft: SftConfig = SftConfig()
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    generation: GenerationConfig = GenerationConfig()
+    parity: ParityConfig = ParityConfig()
+    health: HealthConfig = HealthConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Config:
+        needed = self.model.max_prompt_length + self.grpo.max_completion_length
+        if self.generation.max_model_len < needed:
+            raise ValueError(
+                f"generation.max_model_len is {self.generation.max_model_len}, but "
+                f"model.max_prompt_length + grpo.max_completion_length is {needed}"
+            )
+        return self
