@@ -1,0 +1,175 @@
+"""The laptop recipe's from-scratch model and tokenizer, saved as an ordinary Hugging Face folder.
+
+Nothing downstream knows that it is special: AutoModel, AutoTokenizer, TRL and vLLM load it like any
+other. The tokenizer is built for the dialect (a prompt is short) and complete (any text encodes and
+decodes back exactly). Nothing is trained here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rl_ft.config import TinyModelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+VOCABULARY: tuple[str, ...] = (
+    *("now", "s", "in", "phase", "queue", "near", "mid", "far", "wait", "free", "legal"),
+    *("left", "through", "right", "turnaround", "protected", "yield", "vehicles", "first"),
+    *("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest"),
+    *(f"{arm}{i}" for arm in ("north", "east", "south", "west") for i in (2, 3, 4)),
+    *(f"{arm}{i}" for arm in ("northeast", "southeast", "southwest", "northwest") for i in (2, 3)),
+)
+"""Words of the dialect; each is one token, with and without the space before it."""
+
+MAX_INTEGER = 299
+"""Integers up to here are one token each; larger ones are their digits."""
+MAX_POSITION = 2048
+ANSWER_OPEN, ANSWER_CLOSE = '{"phase": "', '"}'
+PAD, SYSTEM, USER, ASSISTANT, END = "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+SPECIAL_TOKENS = (PAD, SYSTEM, USER, ASSISTANT, END)
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|' + message['role'] + '|>' + message['content'] -}}"
+    "{%- if message['role'] == 'assistant' -%}{{- '<|end|>' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+
+def build_tiny(
+    directory: Path,
+    *,
+    config: TinyModelConfig,
+    seed: int,
+    vocabulary: Sequence[str] = VOCABULARY,
+) -> Path:
+    """Write the untrained model and its tokenizer to `directory`, which is returned.
+
+    Same arguments, same bytes.
+    """
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = build_tokenizer(vocabulary)
+    end, pad = tokenizer.convert_tokens_to_ids([END, PAD])
+    architecture = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=MAX_POSITION,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=pad,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(architecture).to(torch.float32)
+        _start_numbers_alike(model.get_input_embeddings().weight, tokenizer)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A fast tokenizer: known pieces are one token, everything else is its bytes.
+
+    Phase letters are bytes too, so a letter is the same token in the prompt and in the answer.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer
+    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+    from transformers import PreTrainedTokenizerFast
+
+    pieces: list[str] = []
+    for bare in (*vocabulary, *map(str, range(MAX_INTEGER + 1))):
+        pieces += [bare, f" {bare}"]
+    pieces += [ANSWER_OPEN, ANSWER_CLOSE]
+    tokens = dict.fromkeys([*SPECIAL_TOKENS, *sorted(ByteLevel.alphabet())])
+    tokens |= dict.fromkeys(_as_bytes(piece) for piece in pieces)
+    # `ignore_merges` looks a whole piece up first; without merges the rest falls into bytes.
+    backend = Tokenizer(
+        BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], ignore_merges=True)
+    )
+    backend.pre_tokenizer = Sequence(
+        [
+            Split(Regex(_piece_pattern(vocabulary)), behavior="isolated"),
+            ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = ByteLevelDecoder()
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=MAX_POSITION,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _piece_pattern(vocabulary: Sequence[str]) -> str:
+    """Oniguruma pattern of the pieces that are one token; longer words are tried first."""
+    words = sorted(set(vocabulary), key=lambda word: (-len(word), word))
+    alternatives = [re.escape(ANSWER_OPEN), re.escape(ANSWER_CLOSE)]
+    for word in words:
+        # A word inside a longer one ("in" in "minute") is not that word.
+        before = "(?: |(?<![A-Za-z0-9]))" if word[0].isalnum() else " ?"
+        after = "(?![A-Za-z0-9])" if word[-1].isalnum() else ""
+        alternatives.append(before + re.escape(word) + after)
+    alternatives.append("(?: |(?<![0-9]))(?:[12][0-9][0-9]|[1-9][0-9]|[0-9])(?![0-9])")
+    return "|".join(alternatives)
+
+
+def _as_bytes(text: str) -> str:
+    """The text in the printable byte alphabet that byte-level vocabularies are written in."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    pieces = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    return "".join(piece for piece, _ in pieces)
+
+
+def _start_numbers_alike(embeddings: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Replace the rows of integer tokens by a random projection of smooth features of log(1 + n).
+
+    Neighbouring numbers begin alike, so what is learnt about 17 vehicles holds for 18. Every row
+    keeps the scale of the others.
+    """
+    import torch
+
+    features = torch.tensor([_number_features(n) for n in range(MAX_INTEGER + 1)])
+    features = features - features.mean(0)
+    projection = torch.randn(features.shape[1], embeddings.shape[1])
+    rows = features @ projection
+    rows *= embeddings.std() / rows.std(dim=1, keepdim=True)
+    vocabulary = tokenizer.get_vocab()
+    with torch.no_grad():
+        for prefix in ("", _as_bytes(" ")):
+            ids = [vocabulary[f"{prefix}{n}"] for n in range(MAX_INTEGER + 1)]
+            embeddings[torch.tensor(ids)] = rows
+
+
+def _number_features(n: int) -> list[float]:
+    """Linear, waves and bumps over log(1 + n), scaled to 0..1."""
+    x = math.log1p(n) / math.log1p(MAX_INTEGER)
+    waves = [f(math.pi * k * x) for k in (1, 2, 3) for f in (math.sin, math.cos)]
+    bumps = [math.exp(-(((x - i / 8) * 8) ** 2) / 2) for i in range(9)]
+    return [2 * x, *waves, *bumps]
