@@ -122,10 +122,14 @@ class Observation:
     """In the order of `JunctionSpec.lanes`."""
     downstream_free: tuple[float, ...]
     """For each phase: smallest share of free space on the lanes it leads into, 0..1."""
+    downstream_queue_veh: tuple[int, ...]
+    """For each phase: halting vehicles on the lanes it leads into."""
     current: int
     """Index of the running green phase."""
     green_s: int
     """Seconds since it started (yellow not counted)."""
+    served_veh: int
+    """Vehicles that left the lanes of the running green since the last decision instant."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +182,9 @@ class Outcome:
     halting_veh_s: float
     pending_veh_s: float
     arrived_veh: int
+    interval_digest: str
+    """Digest one decision interval after the instant: what the live world must equal if it
+    executes the same action."""
     digest: str
     """Hash of every vehicle's position, lane and speed at the end: equal digests, equal worlds."""
 

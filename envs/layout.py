@@ -1,0 +1,214 @@
+"""Reads from the running simulation what never changes: junctions, their lanes and green phases.
+
+Junctions whose program has fewer than two green phases have nothing to decide and are left to
+their own program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import libsumo
+
+from envs.errors import UserError
+from envs.signals import GREEN, green_states
+from envs.types import JunctionSpec, LaneSpec, Phase, Turn
+
+DETECTOR_RANGE_M = 200.0
+"""How far upstream of the stop line detectors see; RESCO's value."""
+
+_SECTORS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
+_TURNS: dict[str, Turn] = {
+    "s": "through",
+    "l": "left",
+    "L": "left",
+    "r": "right",
+    "R": "right",
+    "t": "turnaround",
+}
+_TURN_ORDER: tuple[Turn, ...] = ("turnaround", "left", "through", "right")
+
+
+def junction_specs() -> tuple[JunctionSpec, ...]:
+    """All junctions of the loaded network that have a choice of green phase.
+
+    Raises:
+        UserError: no junction of the network has two green phases.
+    """
+    upstream = _predecessors()
+    controlled = _controlled_lanes()
+    specs = [
+        _junction_spec(tls_id, upstream, controlled) for tls_id in libsumo.trafficlight.getIDList()
+    ]
+    found = tuple(spec for spec in specs if spec is not None)
+    if not found:
+        raise UserError(
+            "expected a network with a traffic light of at least two green phases, found "
+            f"{len(specs)} traffic lights and none with a choice; add one in netedit or with "
+            "netconvert --tls.guess"
+        )
+    return found
+
+
+def _junction_spec(
+    tls_id: str, upstream: Mapping[str, tuple[str, ...]], controlled: frozenset[str]
+) -> JunctionSpec | None:
+    program = libsumo.trafficlight.getAllProgramLogics(tls_id)[0]
+    states = green_states([phase.state for phase in program.phases])
+    links = libsumo.trafficlight.getControlledLinks(tls_id)
+    if len(states) < 2:
+        return None
+    directions = _link_directions(links)
+    lane_ids = tuple(dict.fromkeys(incoming for incoming, _, _ in directions.values()))
+    if not lane_ids:
+        return None
+    index = {lane_id: i for i, lane_id in enumerate(lane_ids)}
+    approaches = _approaches(lane_ids)
+    lanes = tuple(
+        _lane_spec(lane_id, approaches, directions.values(), upstream, controlled)
+        for lane_id in lane_ids
+    )
+    phases = tuple(
+        _phase(_phase_name(i), state, directions, index) for i, state in enumerate(states)
+    )
+    served = tuple(phase for phase in phases if phase.lanes)
+    return JunctionSpec(tls_id=tls_id, lanes=lanes, phases=served) if len(served) > 1 else None
+
+
+def _phase_name(index: int) -> str:
+    letters = ""
+    index += 1
+    while index:
+        index, letter = divmod(index - 1, 26)
+        letters = chr(ord("A") + letter) + letters
+    return letters
+
+
+def _link_directions(
+    links: Iterable[Iterable[tuple[str, str, str]]],
+) -> dict[int, tuple[str, str, Turn]]:
+    """Link index -> (incoming lane, outgoing lane, turn); pedestrian crossings are left out."""
+    found = {}
+    for i, group in enumerate(links):
+        for incoming, outgoing, _ in group:
+            if incoming.startswith(":"):
+                continue
+            turn = next(
+                (
+                    _TURNS.get(link[6], "through")
+                    for link in libsumo.lane.getLinks(incoming)
+                    if link[0] == outgoing
+                ),
+                "through",
+            )
+            found[i] = (incoming, outgoing, turn)
+    return found
+
+
+def _phase(
+    name: str,
+    state: str,
+    directions: Mapping[int, tuple[str, str, Turn]],
+    index: Mapping[str, int],
+) -> Phase:
+    opened: dict[int, list[tuple[Turn, bool]]] = defaultdict(list)
+    downstream: list[str] = []
+    for link, (incoming, outgoing, turn) in directions.items():
+        if state[link] in GREEN:
+            opened[index[incoming]].append((turn, state[link] == "G"))
+            downstream.append(outgoing)
+    lanes = tuple(sorted(opened))
+    return Phase(
+        name=name,
+        state=state,
+        lanes=lanes,
+        turns=tuple(_ordered(turn for turn, _ in opened[lane]) for lane in lanes),
+        protected=tuple(all(priority for _, priority in opened[lane]) for lane in lanes),
+        downstream=tuple(dict.fromkeys(downstream)),
+    )
+
+
+def _ordered(turns: Iterable[Turn]) -> tuple[Turn, ...]:
+    present = set(turns)
+    return tuple(turn for turn in _TURN_ORDER if turn in present)
+
+
+def _lane_spec(
+    lane_id: str,
+    approaches: Mapping[str, str],
+    directions: Iterable[tuple[str, str, Turn]],
+    upstream: Mapping[str, tuple[str, ...]],
+    controlled: frozenset[str],
+) -> LaneSpec:
+    chain = _chain(lane_id, upstream, controlled)
+    return LaneSpec(
+        lane_id=lane_id,
+        approach=approaches[libsumo.lane.getEdgeID(lane_id)],
+        turns=_ordered(turn for incoming, _, turn in directions if incoming == lane_id),
+        length_m=max(end + libsumo.lane.getLength(lane) for lane, end in chain),
+        speed_limit_mps=libsumo.lane.getMaxSpeed(lane_id),
+        chain=chain,
+    )
+
+
+def _chain(
+    lane_id: str, upstream: Mapping[str, tuple[str, ...]], controlled: frozenset[str]
+) -> tuple[tuple[str, float], ...]:
+    """The lane and what feeds it within detector range, up to the next signal."""
+    chain = [(lane_id, 0.0)]
+    seen = {lane_id}
+    for lane, end in chain:
+        start = end + libsumo.lane.getLength(lane)
+        if start >= DETECTOR_RANGE_M:
+            continue
+        for feeder in upstream.get(lane, ()):
+            if feeder not in seen and feeder not in controlled:
+                seen.add(feeder)
+                chain.append((feeder, start))
+    return tuple(chain)
+
+
+def _predecessors() -> dict[str, tuple[str, ...]]:
+    """Lane -> lanes whose first connection leads into it.
+
+    A lane that widens into several belongs to the first of them only, so no vehicle is counted
+    twice.
+    """
+    feeders: dict[str, list[str]] = defaultdict(list)
+    for lane in libsumo.lane.getIDList():
+        if lane.startswith(":"):
+            continue
+        links = [
+            link for link in libsumo.lane.getLinks(lane) if _TURNS.get(link[6]) != "turnaround"
+        ]
+        edges = {libsumo.lane.getEdgeID(link[0]) for link in links}
+        if len(edges) == 1:
+            feeders[links[0][0]].append(lane)
+    return {lane: tuple(found) for lane, found in feeders.items()}
+
+
+def _controlled_lanes() -> frozenset[str]:
+    return frozenset(
+        lane
+        for tls_id in libsumo.trafficlight.getIDList()
+        for lane in libsumo.trafficlight.getControlledLanes(tls_id)
+    )
+
+
+def _approaches(lane_ids: Iterable[str]) -> dict[str, str]:
+    """Edge -> name of the compass sector it comes from, numbered when sectors coincide."""
+    bearings = {}
+    for lane_id in lane_ids:
+        (x0, y0), (x1, y1) = libsumo.lane.getShape(lane_id)[-2:]
+        bearings.setdefault(
+            libsumo.lane.getEdgeID(lane_id), math.degrees(math.atan2(x0 - x1, y0 - y1)) % 360
+        )
+    names: dict[str, str] = {}
+    taken: dict[str, int] = defaultdict(int)
+    for edge, bearing in sorted(bearings.items(), key=lambda item: (item[1], item[0])):
+        sector = _SECTORS[round(bearing / 45) % 8]
+        taken[sector] += 1
+        names[edge] = sector if taken[sector] == 1 else f"{sector}{taken[sector]}"
+    return names

@@ -1,0 +1,344 @@
+"""One SUMO simulation in this process: start, observe, apply, step, branch, trips.
+
+libsumo holds one simulation per process, and forking it is exact only while the process has one
+thread; `envs.world` therefore runs this class in a lean child process. Use that one from outside.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from xml.sax.saxutils import quoteattr
+
+import libsumo
+
+from envs import signals
+from envs.controllers import CONTROLLERS, PROGRAMS
+from envs.errors import UserError
+from envs.fork import fork_map
+from envs.layout import DETECTOR_RANGE_M, junction_specs
+from envs.ledger import HALTING_MPS, SAMPLE_S, Ledger, world_digest
+from envs.metrics import trip_stats
+from envs.types import (
+    Decision,
+    JointAction,
+    JunctionSpec,
+    LaneSpec,
+    LaneState,
+    Observation,
+    Outcome,
+    Scenario,
+    TripStats,
+)
+
+NEAR_M, MID_M = 50.0, 100.0
+VEHICLE_SPACE_M = 7.5
+"""Length plus gap of a standing passenger car: SUMO's default."""
+
+
+class Simulation:
+    """A running scenario under signal control; starting one ends any other of the process.
+
+    With `program="fixed"` or `"actuated"` SUMO runs the network's own programs and actions are
+    not accepted.
+    """
+
+    def __init__(self, scenario: Scenario, seed: int, *, program: str | None = None) -> None:
+        self.scenario = scenario
+        self.seed = seed
+        self.program = program
+        self._directory = tempfile.TemporaryDirectory(prefix="rl-ft-world-")
+        self._trips_file = Path(self._directory.name) / "trips.xml"
+        _load(self._options())
+        if program == "actuated":
+            self._reload_actuated()
+        self.junctions = junction_specs()
+        self._lanes = {s.tls_id: [lane.chain for lane in s.lanes] for s in self.junctions}
+        self._current = {spec.tls_id: 0 for spec in self.junctions}
+        self._green_since = {spec.tls_id: scenario.begin_s for spec in self.junctions}
+        self._seen: dict[str, tuple[set[str], ...]] = {}
+        self._decisions: tuple[Decision, ...] | None = None
+        self._queue_samples: list[float] = []
+        if program is None:
+            for spec in self.junctions:
+                libsumo.trafficlight.setRedYellowGreenState(spec.tls_id, spec.phases[0].state)
+
+    def _options(self, additional: Sequence[str] = ()) -> list[str]:
+        scenario = self.scenario
+        extra = [*scenario.additional_files, *additional]
+        options = {
+            "--net-file": scenario.net_file,
+            "--route-files": ",".join(scenario.route_files),
+            "--begin": str(scenario.begin_s),
+            "--step-length": str(scenario.step_length_s),
+            "--seed": str(self.seed),
+            "--time-to-teleport": "-1",
+            "--tripinfo-output": str(self._trips_file),
+            "--tripinfo-output.write-unfinished": "true",
+            "--no-step-log": "true",
+            "--no-warnings": "true",
+            "--duration-log.disable": "true",
+        }
+        if extra:
+            options["--additional-files"] = ",".join(extra)
+        return ["sumo", *(text for option in options.items() for text in option)]
+
+    def _reload_actuated(self) -> None:
+        programs = Path(self._directory.name) / "actuated.add.xml"
+        programs.write_text(_actuated_programs(self.scenario), encoding="utf-8")
+        libsumo.close()
+        _load(self._options([str(programs)]))
+
+    @property
+    def time_s(self) -> float:
+        """Simulated time."""
+        return libsumo.simulation.getTime()
+
+    @property
+    def done(self) -> bool:
+        """The scenario's window is over."""
+        return self.time_s >= self.scenario.end_s
+
+    def decisions(self) -> tuple[Decision, ...]:
+        """Every controlled junction with what it sees and may do now."""
+        if self._decisions is None:
+            self._decisions = tuple(self._decision(spec) for spec in self.junctions)
+        return self._decisions
+
+    def _decision(self, spec: JunctionSpec) -> Decision:
+        observation = self._observe(spec)
+        return Decision(
+            scenario=self.scenario.name,
+            seed=self.seed,
+            junction=spec,
+            observation=observation,
+            legal=signals.legal_phases(spec, observation, self.scenario.timing),
+        )
+
+    def _observe(self, spec: JunctionSpec) -> Observation:
+        current = self._current[spec.tls_id]
+        sightings = [_sight(lane) for lane in spec.lanes]
+        now = tuple(ids for _, ids in sightings)
+        everywhere = set().union(*now)
+        before = self._seen.get(spec.tls_id, now)
+        served = {v for lane in spec.phases[current].lanes for v in before[lane]} - everywhere
+        self._seen[spec.tls_id] = now
+        space = [_downstream(phase.downstream) for phase in spec.phases]
+        return Observation(
+            time_s=self.time_s,
+            lanes=tuple(state for state, _ in sightings),
+            downstream_free=tuple(free for free, _ in space),
+            downstream_queue_veh=tuple(queue for _, queue in space),
+            current=current,
+            green_s=round(self.time_s - self._green_since[spec.tls_id]),
+            served_veh=len(served),
+        )
+
+    def step(self, actions: JointAction, *, ledger: Ledger | None = None) -> None:
+        """One decision interval under the given phases; unnamed junctions keep theirs.
+
+        Raises:
+            UserError: a phase that is not legal now, or an unknown junction.
+        """
+        switching = self._switching(actions)
+        timing = self.scenario.timing
+        start = self.time_s
+        for spec, target in switching:
+            self._show(spec, signals.transition_state(self._state(spec), target))
+        for elapsed in self._seconds(timing.decision_interval_s):
+            for spec, target in switching:
+                if elapsed == timing.yellow_s + timing.all_red_s:
+                    self._show(spec, target)
+                elif elapsed == timing.yellow_s:
+                    self._show(spec, signals.clearance_state(self._state(spec), target))
+            libsumo.simulationStep()
+            if ledger:
+                ledger.step()
+                if (elapsed + self.scenario.step_length_s) % SAMPLE_S == 0:
+                    ledger.sample()
+        for spec, _ in switching:
+            self._current[spec.tls_id] = actions[spec.tls_id]
+            self._green_since[spec.tls_id] = start + timing.yellow_s + timing.all_red_s
+        self._decisions = None
+
+    def _switching(self, actions: JointAction) -> list[tuple[JunctionSpec, str]]:
+        if not actions:
+            return []
+        legal = {d.junction.tls_id: d.legal for d in self.decisions()}
+        for tls_id, phase in actions.items():
+            if self.program or phase not in legal.get(tls_id, ()):
+                raise UserError(
+                    f"phase {phase} of junction {tls_id!r} cannot be chosen at {self.time_s:g} s: "
+                    f"legal are {legal.get(tls_id, 'none, it is not controlled')}"
+                )
+        return [
+            (spec, spec.phases[actions[spec.tls_id]].state)
+            for spec in self.junctions
+            if actions.get(spec.tls_id, self._current[spec.tls_id]) != self._current[spec.tls_id]
+        ]
+
+    def _seconds(self, duration_s: float) -> list[float]:
+        length = self.scenario.step_length_s
+        return [round(i * length, 6) for i in range(round(duration_s / length))]
+
+    def _state(self, spec: JunctionSpec) -> str:
+        return spec.phases[self._current[spec.tls_id]].state
+
+    @staticmethod
+    def _show(spec: JunctionSpec, state: str) -> None:
+        libsumo.trafficlight.setRedYellowGreenState(spec.tls_id, state)
+
+    def follow(self, controller: str, *, ledger: Ledger | None = None) -> None:
+        """One decision interval under a classical controller (or the net's own program)."""
+        self.step(self._choices(controller), ledger=ledger)
+
+    def _choices(self, controller: str) -> dict[str, int]:
+        if controller in PROGRAMS:
+            return {}
+        decide = CONTROLLERS[controller]
+        return {d.junction.tls_id: decide(d).phase for d in self.decisions()}
+
+    def drive(self, controller: str, until_s: float, *, horizon_s: float = 60.0) -> None:
+        """Follow a controller until a time; `lookahead` branches over `horizon_s`."""
+        while self.time_s < until_s:
+            if self.program is None:
+                self.sample_queue()
+            if controller == "lookahead":
+                self.step(self.lookahead(horizon_s, "max_wave"))
+            else:
+                self.follow(controller)
+
+    def lookahead(self, horizon_s: float, follow: str) -> dict[str, int]:
+        """For every junction the phase whose branch costs least, the others following the base."""
+        chosen = {}
+        for decision in self.decisions():
+            tls_id = decision.junction.tls_id
+            candidates = [{tls_id: phase} for phase in decision.legal]
+            outcomes = self.branch(candidates, horizon_s, follow)
+            costs = [o.time_loss_veh_s for o in outcomes]
+            chosen[tls_id] = decision.legal[costs.index(min(costs))]
+        return chosen
+
+    def branch(
+        self,
+        candidates: Sequence[JointAction],
+        horizon_s: float,
+        follow: str,
+        *,
+        parallel: int = 1,
+    ) -> tuple[Outcome, ...]:
+        """What each candidate would cost, tried from this very instant in forks of the process.
+
+        Identical candidates are simulated once. The running simulation is not touched.
+        """
+        self.decisions()
+        distinct = list({tuple(sorted(c.items())): c for c in candidates}.values())
+        found = fork_map(
+            lambda action: self.play(action, horizon_s, follow), distinct, parallel=parallel
+        )
+        return tuple(found[distinct.index(candidate)] for candidate in candidates)
+
+    def play(self, action: JointAction, horizon_s: float, follow: str) -> Outcome:
+        """Execute an action here, follow a controller for the rest of the horizon, measure."""
+        lanes = [lane for tls_id in action for chain in self._lanes[tls_id] for lane, _ in chain]
+        ledger = Ledger(lanes)
+        end_s = self.time_s + horizon_s
+        self.step({**self._choices(follow), **action}, ledger=ledger)
+        ledger.interval_digest = world_digest()
+        while self.time_s < end_s:
+            self.follow(follow, ledger=ledger)
+        return ledger.outcome()
+
+    def sample_queue(self) -> None:
+        """Record the mean number of halting vehicles per junction for `trips`."""
+        queues = [sum(lane.queue_veh for lane in d.observation.lanes) for d in self.decisions()]
+        self._queue_samples.append(sum(queues) / len(queues))
+
+    def trips(self) -> TripStats:
+        """End the simulation and count its trips."""
+        end_s = self.time_s
+        delay = libsumo.vehicle.getDepartDelay
+        pending = [end_s - delay(v) for v in libsumo.simulation.getPendingVehicles()]
+        libsumo.close()
+        samples = self._queue_samples
+        return trip_stats(
+            self._trips_file,
+            end_s=end_s,
+            not_departed_depart_s=pending,
+            queue_veh=sum(samples) / len(samples) if samples else 0.0,
+        )
+
+    def close(self) -> None:
+        """End the simulation and remove its files."""
+        if libsumo.isLoaded():
+            libsumo.close()
+        self._directory.cleanup()
+
+
+def _load(options: list[str]) -> None:
+    try:
+        libsumo.start(options)
+    except (libsumo.TraCIException, libsumo.FatalTraCIError) as error:
+        raise UserError(f"SUMO cannot load the scenario: {' '.join(str(error).split())}") from None
+
+
+def _sight(lane: LaneSpec) -> tuple[LaneState, set[str]]:
+    """What detectors see on a lane and what feeds it, and which vehicles those are."""
+    queue, moving = 0, [0, 0, 0]
+    nearest_m, first = DETECTOR_RANGE_M, None
+    ids: set[str] = set()
+    vehicle = libsumo.vehicle
+    for lane_id, end_m in lane.chain:
+        on_lane = libsumo.lane.getLastStepVehicleIDs(lane_id)
+        if not on_lane:
+            continue
+        length = libsumo.lane.getLength(lane_id)
+        for v in on_lane:
+            distance_m = end_m + length - vehicle.getLanePosition(v)
+            if distance_m >= DETECTOR_RANGE_M:
+                continue
+            ids.add(v)
+            halting = vehicle.getSpeed(v) < HALTING_MPS
+            if halting:
+                queue += 1
+            else:
+                moving[(distance_m >= NEAR_M) + (distance_m >= MID_M)] += 1
+            if distance_m < nearest_m:
+                nearest_m, first = distance_m, v if halting else None
+    wait_s = round(vehicle.getWaitingTime(first)) if first else 0
+    state = LaneState(
+        queue_veh=queue, moving_veh=(moving[0], moving[1], moving[2]), first_wait_s=wait_s
+    )
+    return state, ids
+
+
+def _downstream(lanes: Sequence[str]) -> tuple[float, int]:
+    """Smallest share of free space, and halting vehicles, on the lanes a phase leads into."""
+    free, queue = 1.0, 0
+    for lane in lanes:
+        num_veh = libsumo.lane.getLastStepVehicleNumber(lane)
+        if num_veh:
+            room = max(1.0, libsumo.lane.getLength(lane) / VEHICLE_SPACE_M)
+            free = min(free, max(0.0, 1.0 - num_veh / room))
+            queue += libsumo.lane.getLastStepHaltingNumber(lane)
+    return free, queue
+
+
+def _actuated_programs(scenario: Scenario) -> str:
+    """The loaded network's programs as gap-based actuated ones (SUMO's defaults)."""
+    timing = scenario.timing
+    lines = ["<additional>"]
+    for tls_id in libsumo.trafficlight.getIDList():
+        lines.append(
+            f"<tlLogic id={quoteattr(tls_id)} type='actuated' programID='rlft' offset='0'>"
+        )
+        for phase in libsumo.trafficlight.getAllProgramLogics(tls_id)[0].phases:
+            limits = (
+                f" minDur='{timing.min_green_s}' maxDur='50'"
+                if signals.green_states([phase.state])
+                else ""
+            )
+            lines.append(f"<phase duration='{phase.duration:g}' state='{phase.state}'{limits}/>")
+        lines.append("</tlLogic>")
+    return "\n".join([*lines, "</additional>"])
