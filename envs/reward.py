@@ -1,0 +1,91 @@
+"""What the answers of one group earn: measured outcomes and the format, as a named breakdown.
+
+Pure. A reward is comparable within its group only: the traffic term is centred on the group's
+mean cost and divided by the group's deviation, but by no less than a floor in veh s, so instants
+at which the choice hardly matters teach little.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from envs.types import Outcome
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardWeights:
+    """Weights on the terms of an Outcome, and what each kind of format earns."""
+
+    time_loss: float = 1.0
+    junction_time_loss: float = 0.0
+    halting: float = 0.0
+    scale_floor: float = 5.0
+    format_strict: float = 0.0
+    format_partial: float = -0.5
+    format_invalid: float = -2.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reward:
+    """One answer's reward: `total = traffic + format`."""
+
+    traffic: float
+    format: float
+    cost_veh_s: float | None
+    """What the answer cost the traffic; None for an invalid answer."""
+
+    @property
+    def total(self) -> float:
+        """The scalar that training uses."""
+        return self.traffic + self.format
+
+
+FormatKind = str
+"""strict, partial or invalid."""
+
+
+def cost_veh_s(outcome: Outcome, weights: RewardWeights) -> float:
+    """The weighted cost of an outcome in vehicle seconds.
+
+    Raises:
+        ValueError: a term is not finite; a broken simulation must not become a reward.
+    """
+    cost = (
+        weights.time_loss * outcome.time_loss_veh_s
+        + weights.junction_time_loss * outcome.junction_time_loss_veh_s
+        + weights.halting * outcome.halting_veh_s
+    )
+    if not math.isfinite(cost):
+        raise ValueError(f"the cost of an outcome is {cost}: {outcome}")
+    return cost
+
+
+def group_rewards(
+    outcomes: Sequence[Outcome | None], formats: Sequence[FormatKind], weights: RewardWeights
+) -> tuple[Reward, ...]:
+    """Rewards of one group; `outcomes[i]` is None exactly where `formats[i]` is invalid.
+
+    An invalid answer gets the traffic term of the worst valid one, so a bad format never pays.
+    """
+    costs = [None if outcome is None else cost_veh_s(outcome, weights) for outcome in outcomes]
+    known = [cost for cost in costs if cost is not None]
+    mean = statistics.fmean(known) if known else 0.0
+    deviation = statistics.pstdev(known) if known else 0.0
+    scale = max(deviation, weights.scale_floor)
+    worst = (mean - max(known)) / scale if known else 0.0
+    earned = {
+        "strict": weights.format_strict,
+        "partial": weights.format_partial,
+        "invalid": weights.format_invalid,
+    }
+    return tuple(
+        Reward(
+            traffic=worst if cost is None else (mean - cost) / scale,
+            format=earned[kind],
+            cost_veh_s=cost,
+        )
+        for cost, kind in zip(costs, formats, strict=True)
+    )
