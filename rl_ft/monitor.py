@@ -1,0 +1,166 @@
+"""What a run says about itself: metrics per step, the machine's load, the log.
+
+JSON lines are the record; TensorBoard is a view of the same numbers. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from rl_ft.run_folder import write_atomically
+
+GIB = 2**30
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_OURS = ("rl_ft", "envs")
+
+
+class MetricLog:
+    """One line per step in `metrics.jsonl`, on disk when `log` returns, and in `tensorboard/`.
+
+    Example of a line:
+        {"stage": "grpo", "step": 12, "time_s": 41.2, "values": {"reward/mean": 0.31}}
+    """
+
+    def __init__(self, root: Path) -> None:
+        from tensorboard.summary import Writer
+
+        root.mkdir(parents=True, exist_ok=True)
+        self._file = root / "metrics.jsonl"
+        self._lines = self._file.open("a", encoding="utf-8")
+        self._start = time.monotonic()
+        self._board = Writer(str(root / "tensorboard"))
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Record what one step of a stage measured; not-a-number is written as null."""
+        numbers = {key: float(value) for key, value in values.items()}
+        line = {
+            "stage": stage,
+            "step": step,
+            "time_s": round(time.monotonic() - self._start, 3),
+            "values": {key: value if _is_finite(value) else None for key, value in numbers.items()},
+        }
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        for key, value in numbers.items():
+            self._board.add_scalar(f"{stage}/{key}", value, step)
+        self._board.flush()
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget the stage's steps after `step`: a resumed run makes them again.
+
+        TensorBoard is not rewound; it shows both.
+        """
+        kept = [
+            line
+            for line in self._file.read_text(encoding="utf-8").splitlines(keepends=True)
+            if line.endswith("\n") and not _is_after(json.loads(line), stage, step)
+        ]
+        self._lines.close()
+        write_atomically(self._file, "".join(kept))
+        self._lines = self._file.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """End both; nothing may be logged afterwards."""
+        self._lines.close()
+        self._board.close()
+
+
+def read_metrics(root: Path, stage: str) -> list[dict[str, Any]]:
+    """The stage's steps in order, each as `step`, `time_s` and `values`."""
+    file = root / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line["stage"] == stage]
+
+
+def write_summary(root: Path, section: str, values: Mapping[str, Any]) -> None:
+    """Set one section of `metrics.json`, the run's final figures; the others stay."""
+    file = root / "metrics.json"
+    summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    summary[section] = dict(values)
+    write_atomically(file, json.dumps(summary, indent=2) + "\n")
+
+
+class LoadSampler:
+    """How busy this machine and this process tree were since the last sample."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        psutil.cpu_percent()
+
+    def sample(self) -> dict[str, float]:
+        """CPU share since the last call (1 = every core busy) and memory now."""
+        memory = psutil.virtual_memory()
+        return {
+            "system/cpu_share": psutil.cpu_percent() / 100,
+            "system/memory_used_gib": (memory.total - memory.available) / GIB,
+            "system/processes_memory_gib": self._tree_memory() / GIB,
+        }
+
+    def _tree_memory(self) -> int:
+        """Resident memory of this process and all below it, shared pages counted each time."""
+        total = self._process.memory_info().rss
+        for child in self._process.children(recursive=True):
+            try:
+                total += child.memory_info().rss
+            except psutil.Error:
+                continue  # it ended while we counted
+        return total
+
+
+@contextmanager
+def run_log(file: Path, *, console: bool = True) -> Iterator[None]:
+    """Everything logged goes to `file`; what this project says also goes to the terminal."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handlers: list[tuple[logging.Logger, logging.Handler]] = []
+    to_file = logging.FileHandler(file, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter(_LOG_FORMAT))
+    handlers.append((logging.getLogger(), to_file))
+    if console:
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        to_console = RichHandler(console=Console(stderr=True), show_path=False)
+        handlers += [(logging.getLogger(name), to_console) for name in _OURS]
+    levels = {name: logging.getLogger(name).level for name in _OURS}
+    try:
+        for logger, handler in handlers:
+            logger.addHandler(handler)
+        for name in _OURS:
+            logging.getLogger(name).setLevel(logging.INFO)
+        yield
+    finally:
+        for logger, handler in handlers:
+            logger.removeHandler(handler)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        to_file.close()
+
+
+def _is_finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _is_after(line: Mapping[str, Any], stage: str, step: int) -> bool:
+    return line["stage"] == stage and line["step"] > step
