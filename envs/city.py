@@ -1,9 +1,9 @@
-"""Draw a signalised junction, or a short arterial of two, as plain numbers: roads, lanes, demand.
+"""Draw a signalised junction, or a short arterial of two, as numbers: roads, lanes, demand.
 
-The same seed gives the same city. Structure follows what mapped cities show: shared lanes, approaches
-of uneven length that gain a lane shortly before the stop line, a main road and a minor one, lefts that
-give way and lefts with their own phase, demand that drifts and peaks. Nothing here knows SUMO or
-files; `envs.generator` writes and builds what is drawn here.
+The same seed gives the same city. Structure follows what mapped cities show: shared lanes,
+approaches of uneven length that gain a lane shortly before the stop line, a main road and a minor
+one, lefts that give way and lefts with their own phase, demand that drifts and peaks. Nothing here
+knows SUMO or files; `envs.generator` writes and builds what is drawn here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Arm:
     """One road at a junction, both directions.
 
     `segments_m` are the pieces of the approach from the stop line outwards, `segment_lanes` their
-    lane counts, which never grow outwards.
+    lane counts, which never grow outwards. The way out follows the approach's first pieces.
     """
 
     bearing_deg: float
@@ -50,10 +50,9 @@ class Arm:
     priority: int
     segments_m: tuple[float, ...]
     segment_lanes: tuple[int, ...]
-    exit_m: float
     lanes_out: int
     rate_vph: float
-    """Vehicles that enter the city here, mean over the hour; 0 on the road between two junctions."""
+    """Vehicles that enter here, mean over the hour; 0 on the road between two junctions."""
     profile: tuple[float, ...]
     """Factor on the rate for each slice of the hour, mean one."""
     movements: tuple[Movement, ...]
@@ -221,8 +220,11 @@ def _draw_crossing(
     minor_speed = min(main_speed, rng.choice((8.33, 11.11, 13.89, 13.89)))
     peak_s = rng.uniform(900.0, 2700.0)
     heavy = rng.uniform(1.0, 1.6)
+    u_turns = [rng.uniform(0.004, 0.02) if turnarounds else 0.0 for _ in bearings]
+    if link_m > 0:
+        u_turns[0] = 0.0
     movements = [
-        _draw_movements(rng, arm, bearings, lanes, main, turnarounds=turnarounds)
+        _draw_movements(rng, arm, bearings, lanes, main, u_turns=u_turns[arm])
         for arm in range(len(bearings))
     ]
     arms = []
@@ -230,8 +232,13 @@ def _draw_crossing(
         linked = link_m > 0 and i == 0
         segments, counts = _draw_segments(rng, lanes[i])
         used = [lane for ms in movements for m in ms if m.to_arm == i for _, lane in m.lanes]
+        lanes_out = lanes[i] if linked else max(used) + 1
+        if u_turns[i] > 0:
+            back = ((lanes[i] - 1, lanes_out - 1),)
+            u_turn = Movement(to_arm=i, turn="turnaround", lanes=back, share=u_turns[i])
+            movements[i] = (*movements[i], u_turn)
         if linked:
-            segments, counts = (link_m / 2.0,), (lanes[i],)
+            segments, counts = (link_m,), (lanes[i],)
         arms.append(
             Arm(
                 bearing_deg=bearing,
@@ -240,8 +247,7 @@ def _draw_crossing(
                 priority=9 if i in main else 7,
                 segments_m=segments,
                 segment_lanes=counts,
-                exit_m=link_m / 2.0 if linked else rng.uniform(90.0, 260.0),
-                lanes_out=lanes[i] if linked else max(used, default=0) + 1,
+                lanes_out=lanes_out,
                 rate_vph=0.0
                 if linked
                 else lanes[i] * rng.uniform(160.0, 340.0) * (heavy if i in main else 1.0),
@@ -309,7 +315,7 @@ def _draw_movements(
     lanes: Sequence[int],
     main: tuple[int, int],
     *,
-    turnarounds: bool,
+    u_turns: float,
 ) -> tuple[Movement, ...]:
     """Which lane may go where, from right to left, and how many vehicles do."""
     exits = []
@@ -324,17 +330,12 @@ def _draw_movements(
     for _, other, turn in exits:
         weight = typical[turn] * math.exp(rng.gauss(0.0, 0.5))
         weights.append(weight * (1.5 if other in main else 0.8))
-    u_turns = rng.uniform(0.004, 0.02) if turnarounds else 0.0
     total = sum(weights) / (1.0 - u_turns)
     movements = []
     for (_, other, turn), used, weight in zip(exits, layout, weights, strict=True):
         targets = _target_lanes(len(used), max(lanes[other], len(used)), turn)
         pairs = tuple(zip(used, targets, strict=True))
         movements.append(Movement(to_arm=other, turn=turn, lanes=pairs, share=weight / total))
-    if turnarounds:
-        # The road back may be one lane wide: turn into its kerb lane, which always exists.
-        back = ((lanes[arm] - 1, 0),)
-        movements.append(Movement(to_arm=arm, turn="turnaround", lanes=back, share=u_turns))
     return tuple(movements)
 
 

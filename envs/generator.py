@@ -1,0 +1,361 @@
+"""Build the SUMO files of a generated city: network, fixed plan, demand.
+
+The same seed gives the same bytes, whoever builds it and where. A finished city appears in its
+folder at once (built aside, then renamed), so concurrent callers are safe. What the cities look
+like is drawn in `envs.city`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from envs.city import HOUR_S, SLICE_S, City, Crossing, Stream, draw_city, is_link, streams
+from envs.errors import UserError
+from envs.types import Scenario
+
+DELAY_BOUNDS_S = (12.0, 60.0)
+"""Mean delay that a generated city may have under its own fixed plan."""
+MAX_TRIES = 4
+MIN_EXIT_M = 90.0
+MIN_GREEN_S = 6.0
+SATURATION_VPH = 1800.0
+PLANNED_LOAD = 0.6
+"""Degree of saturation that the cycle of the fixed plan is made for."""
+START_LOAD = 0.38
+"""Degree of saturation from which the search for the right demand starts."""
+MIN_PROBABILITY = 2e-5
+"""Flows of fewer vehicles a second are left out."""
+TOOL_TIMEOUT_S = 120.0
+
+NET_NAME = "city.net.xml"
+ROUTES_NAME = "city.rou.xml"
+
+
+def generate(seed: int, directory: Path) -> Scenario:
+    """The scenario of a seed, built into `directory` unless it is already there."""
+    home = directory / f"generated-{seed}"
+    if not home.is_dir():
+        directory.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".generated-{seed}-", dir=directory))
+        try:
+            _build(draw_city(seed), aside)
+            _publish(aside, home)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return _scenario(seed, home)
+
+
+def _publish(aside: Path, home: Path) -> None:
+    """Rename the finished folder; whoever comes second keeps the first one's identical files."""
+    os.chmod(aside, 0o755)
+    try:
+        aside.rename(home)
+    except OSError:
+        if not home.is_dir():
+            raise
+
+
+def _scenario(seed: int, home: Path) -> Scenario:
+    return Scenario(
+        name=f"generated:{seed}",
+        kind="generated",
+        net_file=str(home / NET_NAME),
+        route_files=(str(home / ROUTES_NAME),),
+        begin_s=0.0,
+        end_s=float(HOUR_S),
+    )
+
+
+def sumo_tool(name: str) -> str:
+    """Path of a program of the eclipse-sumo package, such as `netconvert`."""
+    spec = importlib.util.find_spec("sumo")
+    if spec is not None and spec.origin is not None:
+        path = Path(spec.origin).parent / "bin" / name
+        if path.is_file():
+            return str(path)
+    raise UserError(
+        f"SUMO's program {name} comes with the Python package eclipse-sumo, which is missing or "
+        "incomplete here: pip install eclipse-sumo"
+    )
+
+
+def _run_tool(name: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sumo_tool(name), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=TOOL_TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{name} failed with status {done.returncode}: {done.stderr.strip()}")
+
+
+def _build(city: City, folder: Path) -> None:
+    """Network, fixed plan and demand whose load is in bounds."""
+    net, routes = folder / NET_NAME, folder / ROUTES_NAME
+    _build_network(city, net)
+    critical_vph = _plan_signals(city, net)
+    _build_demand(city, net, routes, START_LOAD * SATURATION_VPH / critical_vph)
+
+
+# Network
+
+
+def _build_network(city: City, net: Path) -> None:
+    nodes, edges, connections = ET.Element("nodes"), ET.Element("edges"), ET.Element("connections")
+    for c, crossing in enumerate(city.crossings):
+        _add_node(nodes, f"c{c}", crossing.x_m, crossing.y_m, type="traffic_light", tl=f"c{c}")
+        nodes[-1].set("tlLayout", city.layout)
+        for a in range(len(crossing.arms)):
+            if not is_link(city, a):
+                _add_arm(nodes, edges, c, a, crossing)
+        _add_connections(city, connections, c, crossing)
+    if len(city.crossings) == 2:
+        _add_link(city, nodes, edges)
+    with tempfile.TemporaryDirectory() as scratch:
+        options = []
+        for option, root in (("node", nodes), ("edge", edges), ("connection", connections)):
+            path = Path(scratch) / f"{option}.xml"
+            ET.ElementTree(root).write(path)
+            options += [f"--{option}-files", str(path)]
+        built = Path(scratch) / "built.net.xml"
+        _run_tool(
+            "netconvert",
+            *options,
+            f"--output-file={built}",
+            "--xml-validation=never",
+            "--no-turnarounds",
+            f"--tls.left-green.time={city.left_green_s}",
+            f"--tls.minor-left.max-speed={city.permissive_left_mps}",
+            f"--tls.yellow.time={city.yellow_s}",
+        )
+        # Parsing drops the comments, in which netconvert notes the time and the paths.
+        ET.parse(built).write(net, encoding="UTF-8", xml_declaration=True)
+
+
+def _add_node(nodes: ET.Element, name: str, x_m: float, y_m: float, **attributes: str) -> None:
+    ET.SubElement(nodes, "node", id=name, x=f"{x_m:.2f}", y=f"{y_m:.2f}", **attributes)
+
+
+def _add_edge(
+    edges: ET.Element, name: str, ends: tuple[str, str], lanes: int, speed_mps: float, rank: int
+) -> None:
+    ET.SubElement(
+        edges,
+        "edge",
+        {
+            "id": name,
+            "from": ends[0],
+            "to": ends[1],
+            "numLanes": str(lanes),
+            "speed": f"{speed_mps:.2f}",
+            "priority": str(rank),
+        },
+    )
+
+
+def _add_arm(nodes: ET.Element, edges: ET.Element, c: int, a: int, crossing: Crossing) -> None:
+    """The approach, piece by piece outwards, and beside it the way out."""
+    arm = crossing.arms[a]
+    x_m, y_m, inner = crossing.x_m, crossing.y_m, f"c{c}"
+    for s, (length_m, lanes) in enumerate(zip(arm.segments_m, arm.segment_lanes, strict=True)):
+        bearing = math.radians(arm.bearing_deg + (arm.bend_deg if s else 0.0))
+        x_m, y_m = x_m + length_m * math.sin(bearing), y_m + length_m * math.cos(bearing)
+        outer = f"n{c}_{a}_{s}"
+        _add_node(nodes, outer, x_m, y_m, type="priority")
+        _add_edge(edges, f"in{c}_{a}_{s}", (outer, inner), lanes, arm.speed_mps, arm.priority)
+        inner = outer
+    for s, name in enumerate(_exit_edges(crossing, c, a)):
+        ends = (f"n{c}_{a}_{s - 1}" if s else f"c{c}", f"n{c}_{a}_{s}")
+        _add_edge(edges, name, ends, arm.lanes_out, arm.speed_mps, arm.priority)
+
+
+def _add_link(city: City, nodes: ET.Element, edges: ET.Element) -> None:
+    """The road between two crossings, each direction one edge."""
+    for c in range(2):
+        arm = city.crossings[c].arms[0]
+        ends = (f"c{1 - c}", f"c{c}")
+        _add_edge(edges, f"in{c}_0_0", ends, arm.lanes_in, arm.speed_mps, arm.priority)
+
+
+def _exit_edges(crossing: Crossing, c: int, a: int) -> list[str]:
+    """The way out by an arm: one edge, or two where the approach's first piece is short."""
+    pieces = 1 if crossing.arms[a].segments_m[0] >= MIN_EXIT_M else 2
+    return [f"out{c}_{a}_{s}" for s in range(pieces)]
+
+
+def _add_connections(city: City, connections: ET.Element, c: int, crossing: Crossing) -> None:
+    for a, arm in enumerate(crossing.arms):
+        for movement in arm.movements:
+            leaves_by_link = is_link(city, movement.to_arm)
+            target = f"in{1 - c}_0_0" if leaves_by_link else f"out{c}_{movement.to_arm}_0"
+            for from_lane, to_lane in movement.lanes:
+                ends = {"from": f"in{c}_{a}_0", "to": target}
+                lanes = {"fromLane": str(from_lane), "toLane": str(to_lane)}
+                ET.SubElement(connections, "connection", ends | lanes)
+
+
+# The net's own program
+
+
+def _plan_signals(city: City, net: Path) -> float:
+    """Give each green of the fixed plan time in proportion to its busiest lane (Webster's rule).
+
+    netconvert writes equal greens; a city would have counted its traffic first. Returns the
+    vehicles per hour of the busiest lanes of all greens, for the busiest junction.
+    """
+    tree = ET.parse(net)
+    root = tree.getroot()
+    lane_vph = _lane_volumes(city)
+    busiest_vph = 0.0
+    for logic in root.iter("tlLogic"):
+        lanes = {
+            int(c.get("linkIndex", "")): (f"{c.get('from')}_{c.get('fromLane')}")
+            for c in root.iter("connection")
+            if c.get("tl") == logic.get("id")
+        }
+        phases = list(logic)
+        greens = [p for p in phases if not set(p.get("state", "")) & set("yYu")]
+        shares = _critical_volumes([p.get("state", "") for p in greens], lanes, lane_vph)
+        lost_s = sum(float(p.get("duration", "0")) for p in phases if p not in greens)
+        busiest_vph = max(busiest_vph, sum(shares))
+        cycle_s = min(100.0, max(50.0, (1.5 * lost_s + 5.0) / (1.0 - PLANNED_LOAD)))
+        spare_s = cycle_s - lost_s - MIN_GREEN_S * len(greens)
+        for phase, share in zip(greens, shares, strict=True):
+            green_s = MIN_GREEN_S + max(0.0, spare_s) * share / max(1.0, sum(shares))
+            phase.set("duration", f"{round(green_s)}")
+    tree.write(net, encoding="UTF-8", xml_declaration=True)
+    return busiest_vph
+
+
+def _lane_volumes(city: City) -> dict[str, float]:
+    """Vehicles per hour on every lane at a stop line; a movement spreads evenly over its lanes."""
+    volumes: dict[str, float] = {}
+    for stream in streams(city):
+        a = stream.entry[1]
+        for crossing, to_arm in stream.path:
+            moves = city.crossings[crossing].arms[a].movements
+            lanes = next(m.lanes for m in moves if m.to_arm == to_arm)
+            for lane, _ in lanes:
+                name = f"in{crossing}_{a}_0_{lane}"
+                volumes[name] = volumes.get(name, 0.0) + stream.rate_vph / len(lanes)
+            a = 0
+    return volumes
+
+
+def _critical_volumes(
+    states: list[str], lanes: dict[int, str], lane_vph: dict[str, float]
+) -> list[float]:
+    """For each green the largest lane volume among the lanes it serves, shared between greens."""
+    served = [{lanes[i] for i, light in enumerate(s) if light in "Gg"} for s in states]
+    times = {lane: sum(lane in lanes_ for lanes_ in served) for lane in lane_vph}
+    return [
+        max((lane_vph.get(x, 0.0) / times.get(x, 1) for x in own), default=0.0) for own in served
+    ]
+
+
+# Demand
+
+
+def _build_demand(city: City, net: Path, routes: Path, scale: float) -> None:
+    """Scale the drawn demand until the mean delay under the fixed plan is as drawn.
+
+    Stops at the first try near the target and in `DELAY_BOUNDS_S`; otherwise the try that came
+    closest stays.
+    """
+    tried: list[tuple[float, float]] = []
+    low, high = DELAY_BOUNDS_S
+    bracket = [0.05, 10.0]
+    for _ in range(MAX_TRIES):
+        _write_demand(city, routes, scale)
+        delay_s = _measure_delay(net, routes)
+        error = abs(math.log(delay_s / city.target_delay_s))
+        tried.append((error, scale))
+        if error < 0.3 and low <= delay_s <= high:
+            return
+        bracket[0 if delay_s < city.target_delay_s else 1] = scale
+        step = (city.target_delay_s / delay_s) ** 0.45
+        scale = scale * min(1.8, max(0.55, step))
+        if not bracket[0] < scale < bracket[1]:
+            scale = sum(bracket) / 2.0
+    best = min(tried)[1]
+    if best != tried[-1][1]:
+        _write_demand(city, routes, best)
+
+
+def _write_demand(city: City, routes: Path, scale: float) -> None:
+    root = ET.Element("routes")
+    mix = ET.SubElement(root, "vTypeDistribution", id="mix")
+    trucks = city.truck_share
+    ET.SubElement(mix, "vType", id="car", vClass="passenger", probability=f"{1 - trucks:.3f}")
+    if trucks > 0:
+        ET.SubElement(mix, "vType", id="truck", vClass="truck", probability=f"{trucks:.3f}")
+    flows = []
+    for number, stream in enumerate(streams(city)):
+        ET.SubElement(root, "route", id=f"r{number}", edges=" ".join(_edges(city, stream)))
+        for i, factor in enumerate(stream.profile):
+            probability = min(0.9, stream.rate_vph * factor * scale / HOUR_S)
+            flows.append((i * SLICE_S, number, probability))
+    for begin_s, number, probability in sorted(flows):
+        if probability >= MIN_PROBABILITY:
+            ET.SubElement(
+                root,
+                "flow",
+                {
+                    "id": f"f{number}_{begin_s}",
+                    "type": "mix",
+                    "route": f"r{number}",
+                    "begin": str(begin_s),
+                    "end": str(begin_s + SLICE_S),
+                    "probability": f"{probability:.5f}",
+                    "departLane": "best",
+                    "departSpeed": "max",
+                },
+            )
+    ET.indent(root)
+    ET.ElementTree(root).write(routes, encoding="UTF-8", xml_declaration=True)
+
+
+def _edges(city: City, stream: Stream) -> list[str]:
+    c, a = stream.entry
+    pieces = range(len(city.crossings[c].arms[a].segments_m))
+    edges = [f"in{c}_{a}_{s}" for s in reversed(pieces)]
+    for crossing, to_arm in stream.path:
+        if is_link(city, to_arm):
+            edges.append(f"in{1 - crossing}_0_0")
+        else:
+            edges += _exit_edges(city.crossings[crossing], crossing, to_arm)
+    return edges
+
+
+def _measure_delay(net: Path, routes: Path) -> float:
+    """Mean seconds lost per vehicle in one hour of the fixed plan, waiting to enter included."""
+    with tempfile.TemporaryDirectory() as scratch:
+        trips = Path(scratch) / "trips.xml"
+        _run_tool(
+            "sumo",
+            f"--net-file={net}",
+            f"--route-files={routes}",
+            f"--end={HOUR_S}",
+            "--seed=1",
+            "--time-to-teleport=-1",
+            "--no-step-log",
+            "--no-warnings",
+            "--xml-validation=never",
+            f"--tripinfo-output={trips}",
+            "--tripinfo-output.write-unfinished=true",
+            "--tripinfo-output.write-undeparted=true",
+        )
+        lost = []
+        for _, trip in ET.iterparse(trips):
+            if trip.tag == "tripinfo":
+                lost.append(float(trip.get("timeLoss", "0")) + float(trip.get("departDelay", "0")))
+    return sum(lost) / len(lost)

@@ -1,0 +1,224 @@
+"""Where worlds come from: generated cities, installed RESCO maps, the user's own SUMO files.
+
+A scenario is named by a string: `generated:<seed>`, `resco:<map>`, the path of a `.sumocfg`, or
+`a.net.xml,b.rou.xml` (one network, then one or more route files). What a user hands us is checked
+before a simulation sees it; every complaint is one `UserError`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+
+from envs.errors import UserError
+from envs.generator import generate
+from envs.scenario_check import check_scenario, departure_window, parse_seconds
+from envs.types import Scenario, SignalTiming
+
+MAX_SEED = 2**31 - 1
+MAX_RANGE = 10_000
+
+RESCO_WINDOWS_S: dict[str, tuple[float, float]] = {
+    "arterial4x4": (0.0, 3600.0),
+    "cologne1": (25200.0, 28800.0),
+    "cologne3": (25200.0, 28800.0),
+    "cologne8": (25200.0, 28800.0),
+    "grid4x4": (0.0, 3600.0),
+    "ingolstadt1": (57600.0, 61200.0),
+    "ingolstadt7": (57600.0, 61200.0),
+    "ingolstadt21": (57600.0, 61200.0),
+}
+"""The hour that RESCO simulates of each map. The copies of ingolstadt7 and ingolstadt21 in sumo-rl
+lack one green phase of the originals."""
+
+RESCO_TIMINGS = {
+    # A switch there leaves 3 s of the 5 s interval green.
+    "arterial4x4": SignalTiming(decision_interval_s=5, yellow_s=2, min_green_s=3),
+}
+
+_RANGE = re.compile(r"generated:(\d+)-(\d+)")
+
+
+def default_cache_dir() -> Path:
+    """Where generated scenarios are kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "rl-ft" / "scenarios" / "v1"
+
+
+def load_scenario(name: str, *, cache_dir: Path | None = None) -> Scenario:
+    """The scenario of a name; generated ones are built into `cache_dir` when first asked for.
+
+    Files of the user are validated here, so what is returned can be simulated.
+    """
+    kind, separator, rest = name.partition(":")
+    if separator and kind == "generated":
+        return generate(_seed(name, rest), cache_dir or default_cache_dir())
+    if separator and kind == "resco":
+        return _resco(name, rest)
+    scenario = _user_scenario(name)
+    validate_scenario(scenario)
+    return scenario
+
+
+def validate_scenario(scenario: Scenario) -> None:
+    """Raise a `UserError` that names the first thing that would keep this from being simulated."""
+    if scenario.end_s <= scenario.begin_s:
+        raise UserError(
+            f"Scenario {scenario.name} ends at {scenario.end_s:g} s, which is not after its begin "
+            f"at {scenario.begin_s:g} s: set <begin> and <end> of its .sumocfg."
+        )
+    check_scenario(scenario)
+
+
+def expand(names: Sequence[str]) -> tuple[str, ...]:
+    """The names with every range `generated:1-48` replaced by its members, in order."""
+    expanded: list[str] = []
+    for name in names:
+        match = _RANGE.fullmatch(name)
+        if match is None:
+            expanded.append(name)
+            continue
+        first, last = int(match[1]), int(match[2])
+        if not first <= last < first + MAX_RANGE:
+            raise UserError(
+                f"A range of scenarios runs upwards over at most {MAX_RANGE} seeds, such as "
+                f"generated:1-48, but {name} was asked for."
+            )
+        expanded += [f"generated:{seed}" for seed in range(first, last + 1)]
+    return tuple(expanded)
+
+
+def scenario_names() -> tuple[str, ...]:
+    """What can be asked for here: the pattern of generated scenarios, then the installed maps."""
+    root = _resco_root()
+    maps = [m for m in RESCO_WINDOWS_S if root is not None and (root / m).is_dir()]
+    return ("generated:<seed>", *(f"resco:{m}" for m in sorted(maps)))
+
+
+def _seed(name: str, text: str) -> int:
+    if not re.fullmatch(r"\d{1,10}", text) or int(text) > MAX_SEED:
+        raise UserError(
+            f"A generated scenario is named by one seed from 0 to {MAX_SEED}, such as "
+            f"generated:17, but {name} was asked for."
+        )
+    return int(text)
+
+
+def _resco_root() -> Path | None:
+    """Folder of sumo-rl's maps, found without importing the package (that needs SUMO_HOME)."""
+    spec = importlib.util.find_spec("sumo_rl")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations))) / "nets" / "RESCO"
+
+
+def _resco(name: str, city: str) -> Scenario:
+    if city not in RESCO_WINDOWS_S:
+        known = ", ".join(sorted(RESCO_WINDOWS_S))
+        raise UserError(f"RESCO has the maps {known}, but {name} was asked for.")
+    root = _resco_root()
+    if root is None:
+        raise UserError(
+            f"The map {name} comes with the Python package sumo-rl, which is not installed here: "
+            "pip install 'rl-ft[resco]'"
+        )
+    net = root / city / f"{city}.net.xml"
+    routes = sorted((root / city).glob("*.rou.xml"))
+    if not net.is_file() or not routes:
+        raise UserError(
+            f"The installed package sumo-rl has no complete map {city} in {root}: "
+            "pip install --force-reinstall 'rl-ft[resco]'"
+        )
+    begin_s, end_s = RESCO_WINDOWS_S[city]
+    return Scenario(
+        name=name,
+        kind="resco",
+        net_file=str(net),
+        route_files=tuple(str(r) for r in routes),
+        begin_s=begin_s,
+        end_s=end_s,
+        timing=RESCO_TIMINGS.get(city, SignalTiming()),
+    )
+
+
+def _user_scenario(name: str) -> Scenario:
+    if name.endswith(".sumocfg"):
+        return _from_sumocfg(name)
+    if "," in name:
+        net, *routes = [part.strip() for part in name.split(",")]
+        return _with_window(name, net, tuple(routes), (), {})
+    raise UserError(
+        f"A scenario is generated:<seed>, resco:<map>, the path of a .sumocfg, or "
+        f"net.xml,routes.rou.xml, but {name!r} was asked for."
+    )
+
+
+def _from_sumocfg(name: str) -> Scenario:
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"The SUMO configuration {name} does not exist: check the path.")
+    try:
+        root = ET.parse(path).getroot()
+    except ET.ParseError as error:
+        raise UserError(f"The SUMO configuration {name} is not readable XML: {error}.") from error
+    options = {element.tag: element.get("value", "") for element in root.iter()}
+    nets = _files(path.parent, options, ("net-file", "net", "n"))
+    routes = _files(path.parent, options, ("route-files", "route", "r"))
+    extra = _files(path.parent, options, ("additional-files", "additional", "a"))
+    if len(nets) != 1 or not routes:
+        raise UserError(
+            f"The SUMO configuration {name} must name one net-file and at least one of "
+            f"route-files in its <input>, but it names {len(nets)} and {len(routes)}."
+        )
+    return _with_window(name, nets[0], routes, extra, options)
+
+
+def _files(folder: Path, options: dict[str, str], keys: Sequence[str]) -> tuple[str, ...]:
+    """Paths of an option, which SUMO reads relative to the configuration's folder."""
+    value = next((options[key] for key in keys if key in options), "")
+    return tuple(str(folder / part) for part in re.split(r"[,;\s]+", value.strip()) if part)
+
+
+def _with_window(
+    name: str,
+    net: str,
+    routes: tuple[str, ...],
+    extra: tuple[str, ...],
+    options: dict[str, str],
+) -> Scenario:
+    """The scenario with its times; without a begin or end it runs as long as vehicles depart."""
+    begin_s = _time(name, options, ("begin", "b"))
+    end_s = _time(name, options, ("end", "e"))
+    step_s = _time(name, options, ("step-length",))
+    if begin_s is None or end_s is None or end_s < 0:
+        first_s, last_s = departure_window(name, routes)
+        begin_s = math.floor(first_s) if begin_s is None else begin_s
+        end_s = math.floor(last_s) + 1 if end_s is None or end_s < 0 else end_s
+    return Scenario(
+        name=name,
+        kind="user",
+        net_file=net,
+        route_files=routes,
+        additional_files=extra,
+        begin_s=float(begin_s),
+        end_s=float(end_s),
+        step_length_s=1.0 if step_s is None else step_s,
+    )
+
+
+def _time(name: str, options: dict[str, str], keys: Sequence[str]) -> float | None:
+    text = next((options[key] for key in keys if key in options), None)
+    if text is None:
+        return None
+    seconds = parse_seconds(text)
+    if seconds is None:
+        raise UserError(
+            f"The SUMO configuration {name} must give {keys[0]} in seconds or as hh:mm:ss, "
+            f"but it says {text!r}."
+        )
+    return seconds
