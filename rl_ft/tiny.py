@@ -13,20 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from envs.dialect import VOCABULARY
 from rl_ft.config import TinyModelConfig
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
-
-VOCABULARY: tuple[str, ...] = (
-    *("now", "s", "in", "phase", "queue", "near", "mid", "far", "wait", "free", "legal"),
-    *("left", "through", "right", "turnaround", "protected", "yield", "vehicles", "first"),
-    *("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest"),
-    *(f"{arm}{i}" for arm in ("north", "east", "south", "west") for i in (2, 3, 4)),
-    *(f"{arm}{i}" for arm in ("northeast", "southeast", "southwest", "northwest") for i in (2, 3)),
-)
-"""Words of the dialect; each is one token, with and without the space before it."""
 
 MAX_INTEGER = 299
 """Integers up to here are one token each; larger ones are their digits."""

@@ -1,0 +1,137 @@
+"""A version of the policy on its way from the learner to a sampler, verified on arrival.
+
+What travels are the full, merged tensors as numpy arrays under one digest; how they travel is the
+caller's `put` and `get` (Ray's object store). This module keeps no copy and no history.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from envs.errors import UserError
+from rl_ft.types import WeightsRef
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+Shape = tuple[int, ...]
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+
+
+class WeightsError(Exception):
+    """A version of the weights is incomplete, altered or gone; nothing may be sampled with it."""
+
+
+def digest(state_dict: Mapping[str, Tensor]) -> str:
+    """Hash over names, dtypes, shapes and bytes of all tensors, whatever their order."""
+    return _digest(_as_arrays(state_dict))
+
+
+def publish(
+    state_dict: Mapping[str, Tensor], version: int, put: Callable[[object], object]
+) -> WeightsRef:
+    """Hand the tensors to `put` (for example `ray.put`) and name what was handed over."""
+    arrays = _as_arrays(state_dict)
+    return WeightsRef(version=version, digest=_digest(arrays), payload=put(arrays))
+
+
+def fetch(ref: WeightsRef, get: Callable[[object], object]) -> dict[str, Tensor]:
+    """The tensors of a published version; WeightsError unless they are exactly those published.
+
+    They may be views of read-only shared memory: load them, do not write to them.
+    """
+    import torch
+
+    try:
+        arrays = get(ref.payload)
+    except Exception as error:
+        raise WeightsError(f"weights version {ref.version} cannot be fetched: {error}") from error
+    if not isinstance(arrays, Mapping):
+        raise WeightsError(f"weights version {ref.version} is missing: got {type(arrays).__name__}")
+    if (came := _digest(arrays)) != ref.digest:
+        raise WeightsError(
+            f"weights version {ref.version} arrived altered: expected digest {ref.digest[:12]}, "
+            f"got {came[:12]}"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return {
+            name: torch.from_numpy(array).view(getattr(torch, dtype))
+            for name, (dtype, array) in arrays.items()
+        }
+
+
+def checkpoint_shapes(model_path: str | Path) -> dict[str, Shape]:
+    """Name and shape of every tensor of a model folder, read from the safetensors headers.
+
+    The output head is listed even where it is tied to the embeddings and not in the file.
+    """
+    folder = Path(model_path)
+    files = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not files:
+        raise UserError(
+            f"Expected a model folder with config.json and *.safetensors, but {str(folder)!r} is "
+            "not one: give the folder that save_pretrained wrote."
+        )
+    shapes: dict[str, Shape] = {}
+    for file in files:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
+    if EMBEDDINGS in shapes:
+        shapes.setdefault(HEAD, shapes[EMBEDDINGS])
+    return shapes
+
+
+def check_complete(came: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """WeightsError unless the names and shapes are exactly the expected ones."""
+    missing = sorted(expected.keys() - came.keys())
+    unknown = sorted(came.keys() - expected.keys())
+    differ = sorted(name for name in expected.keys() & came.keys() if came[name] != expected[name])
+    if missing or unknown:
+        raise WeightsError(
+            f"the weights must have exactly the {len(expected)} tensors of the checkpoint: "
+            f"{_first(missing)} missing, {_first(unknown)} unknown (send the full state_dict of "
+            "the unwrapped model with adapters merged)"
+        )
+    if differ:
+        name = differ[0]
+        raise WeightsError(
+            f"{len(differ)} weights have another shape than in the checkpoint: {name} came as "
+            f"{came[name]}, expected {expected[name]}"
+        )
+
+
+def _first(names: list[str]) -> str:
+    return f"{len(names)} ({names[0]}, ...)" if names else "none"
+
+
+def _as_arrays(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[str, np.ndarray]]:
+    """Tensors as (dtype, array); bfloat16 and the like travel as integers of the same width."""
+    import torch
+
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    arrays: dict[str, tuple[str, np.ndarray]] = {}
+    for name, tensor in state_dict.items():
+        plain = tensor.detach().cpu().contiguous()
+        dtype = str(plain.dtype).removeprefix("torch.")
+        arrays[name] = (dtype, plain.view(integers[plain.element_size()]).numpy())
+    return arrays
+
+
+def _digest(arrays: Mapping[str, tuple[str, np.ndarray]]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        dtype, array = arrays[name]
+        total.update(f"{name} {dtype} {array.shape}\n".encode())
+        total.update(memoryview(array).cast("B") if array.size else b"")
+    return total.hexdigest()
