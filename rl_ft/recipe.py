@@ -111,8 +111,7 @@ def _read(recipe: str) -> tuple[str, Tree]:
             raise UserError(f"recipe {recipe} cannot be read as text: {error}") from error
         return file.stem, _parse(text, f"recipe {recipe}")
     raise UserError(
-        f"recipe {recipe} is neither a file nor one of {', '.join(names)}"
-        + _did_you_mean(recipe, names)
+        f"recipe {recipe} is neither a file nor one of {', '.join(names)}" + nearest(recipe, names)
     )
 
 
@@ -205,7 +204,8 @@ def _unknown(source: str, path: Sequence[str], model: type[BaseModel]) -> str:
     return f"{source}: there is no key {'.'.join(path)}{hint}"
 
 
-def _did_you_mean(word: str, words: Sequence[str]) -> str:
+def nearest(word: str, words: Sequence[str]) -> str:
+    """A hint at the known word that was probably meant, or nothing."""
     near = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 

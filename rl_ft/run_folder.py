@@ -26,8 +26,8 @@ from envs.errors import UserError
 from rl_ft.config import Config
 from rl_ft.recipe import differences, read_config
 
-_DATA = ("seed", "scenarios", "prepare", "reward")
-_SFT = (*_DATA, "model", "sft")
+_DATA = ("seed", "scenarios", "model", "prepare", "reward")
+_SFT = (*_DATA, "sft")
 _GRPO = (*_SFT, "rollout", "grpo", "generation", "parity", "health")
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "prepare": _DATA,
@@ -82,8 +82,8 @@ class RunFolder:
         if resume and not started:
             what = f"only {', '.join(found[:5])}" if found else "nothing"
             raise UserError(
-                f"--resume: expected a run in {path}, found {what}; "
-                "leave --resume out to start one in a new folder"
+                f"expected a run in {path} to go on with, found {what}; start one with "
+                "`rl-ft run` or `rl-ft prepare` without --resume"
             )
         if found and not started:
             raise UserError(
@@ -110,14 +110,19 @@ class RunFolder:
         return place
 
     def stage_done(self, stage: str) -> bool:
-        """The stage was finished, and with what the configuration says now.
+        """The stage was finished; a `UserError` if that was under another configuration.
 
-        Part of a stage may be marked on its own: `sft/lookahead` counts with `sft`'s sections.
+        Part of a stage may be marked on its own: `grpo/lookahead` counts with `grpo`'s sections.
         """
         marker = self._marker(stage)
         if not marker.is_file():
             return False
-        return json.loads(marker.read_text())["config_hash"] == stage_hash(self.config, stage)
+        if json.loads(marker.read_text())["config_hash"] != stage_hash(self.config, stage):
+            raise UserError(
+                f"{stage} in {self.root} was made under another configuration than config.yaml "
+                "there says now; start again with another --out"
+            )
+        return True
 
     def mark_done(self, stage: str) -> None:
         """Record that all of the stage's files are on disk."""
@@ -141,7 +146,7 @@ class RunFolder:
 
     def _accept_started(self, path: str | Path, *, resume: bool) -> None:
         if not resume:
-            done = [stage for stage in STAGE_SECTIONS if self.stage_done(stage)]
+            done = [stage for stage in STAGE_SECTIONS if self._marker(stage).is_file()]
             raise UserError(
                 f"--out {path} already holds a run (stages done: {', '.join(done) or 'none'}); "
                 "pass --resume to go on with it, or another --out"
@@ -161,7 +166,7 @@ class RunFolder:
             listed = ", ".join(f"{k} (was {a!r}, now {b!r})" for k, (a, b) in other.items())
             raise UserError(
                 f"{path} was started with another configuration: {listed}; "
-                "resume it with the same one, or give another --out"
+                "leave --recipe, --set and --seed out to resume it, or give another --out"
             )
 
     def _note_start(self) -> None:

@@ -4,4 +4,5 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/scripts/setup.sh" "${RLFT_EXTRAS:-cpu,resco}"
-exec "$root/.venv/bin/rl-ft" run --recipe tiny-cpu "$@"
+# The default recipe is tiny-cpu; left unsaid, so that --resume takes the one of its folder.
+exec "$root/.venv/bin/rl-ft" run "$@"

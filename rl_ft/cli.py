@@ -1,0 +1,349 @@
+"""The command line: read what was asked, then import what does it.
+
+`rl-ft --help` imports no heavy library. Errors that have a name of ours end in one sentence on
+standard error and a status (2: what you gave cannot be used; 1: the run stopped for a reason;
+130: Ctrl-C); anything else is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from envs.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rl_ft.config import Config
+    from rl_ft.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+app = typer.Typer(
+    name="rl-ft",
+    help="Train a language model to control traffic signals: GRPO with rewards measured in SUMO.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Recipe = Annotated[
+    str | None,
+    typer.Option(help="Shipped recipe or YAML file; default: the folder's own, else tiny-cpu."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key; may be repeated."),
+]
+Out = Annotated[Path | None, typer.Option(help="Run folder; default: runs/RECIPE.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was started.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of data, model and training.")]
+
+
+class InterruptedRun(Exception):  # noqa: N818 - the user's wish, not an error
+    """Ctrl-C during a run; the message says how to go on."""
+
+
+def main() -> None:
+    """Entry point of the `rl-ft` command."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
+    except Exception as error:
+        named = named_cause(error)
+        if named is None:
+            raise
+        status = {UserError: 2, InterruptedRun: 130}
+        code = next((c for kind, c in status.items() if isinstance(named, kind)), 1)
+        _end(str(named), code)
+
+
+def named_cause(error: BaseException) -> Exception | None:
+    """The error of ours behind an exception, if there is one, however Ray has wrapped it."""
+    pending, seen = [error], set[int]()
+    while pending:
+        candidate = pending.pop(0)
+        if id(candidate) in seen:
+            continue
+        seen.add(id(candidate))
+        if isinstance(candidate, Exception) and _is_ours(type(candidate)):
+            return candidate
+        inner = [getattr(candidate, name, None) for name in ("cause", "_base_exc", "__cause__")]
+        inner += [getattr(candidate, "controller_failure", None)]
+        inner += getattr(candidate, "worker_failures", {}).values()
+        pending += [other for other in inner if isinstance(other, BaseException)]
+    return None
+
+
+@app.command()
+def run(
+    recipe: Recipe = None,
+    overrides: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    seed: Seed = None,
+) -> None:
+    """The main job: prepare, sft, grpo, evaluate, report; stages that are done are skipped."""
+    with _run_folder(recipe, overrides, out, seed, resume=resume, command="run") as folder:
+        from rl_ft.pipeline import run_all
+
+        run_all(folder.config, folder)
+
+
+@app.command()
+def prepare(
+    recipe: Recipe = None,
+    overrides: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    seed: Seed = None,
+) -> None:
+    """Collect decision states and the teachers' answers; build or fetch the model."""
+    with _run_folder(recipe, overrides, out, seed, resume=resume, command="prepare") as folder:
+        _stage("prepare", folder)
+
+
+@app.command()
+def sft(
+    recipe: Recipe = None,
+    overrides: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    seed: Seed = None,
+) -> None:
+    """Supervised warm start on the prepared rows; goes on in the folder of `prepare`."""
+    with _run_folder(recipe, overrides, out, seed, resume=True, command="sft") as folder:
+        _stage("sft", folder)
+
+
+@app.command()
+def grpo(
+    recipe: Recipe = None,
+    overrides: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    seed: Seed = None,
+) -> None:
+    """Reinforce the warm-started model by branched simulations; goes on from its checkpoint."""
+    with _run_folder(recipe, overrides, out, seed, resume=True, command="grpo") as folder:
+        _stage("grpo", folder)
+
+
+@app.command()
+def evaluate(
+    controller: Annotated[
+        list[str] | None, typer.Option(help="Classical controller; may be repeated.")
+    ] = None,
+    model: Annotated[list[Path] | None, typer.Option(help="Model folder; may be repeated.")] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option(help="Scenario; may be repeated. See rl-ft scenarios.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Simulation seeds 1..N, the same for every policy.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Policy that differences are taken to.")
+    ] = None,
+    recipe: Recipe = None,
+    overrides: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    seed: Seed = None,
+) -> None:
+    """Closed-loop results: of controllers and models you name, or of a run's own (--out alone)."""
+    if controller or model:
+        _evaluate_named(
+            controller or [],
+            model or [],
+            scenario or [],
+            seeds=seeds,
+            baseline=baseline,
+            out=out,
+            config=_config(recipe, overrides, seed, base=None),
+        )
+        return
+    if scenario or seeds or baseline:
+        raise UserError(
+            "--scenario, --seeds and --baseline go with --controller or --model; what a run "
+            "itself is judged on is set by scenarios.held_out and evaluate.* when it starts"
+        )
+    with _run_folder(recipe, overrides, out, seed, resume=True, command="evaluate") as folder:
+        _stage("evaluate", folder)
+
+
+@app.command()
+def report(
+    recipe: Recipe = None,
+    overrides: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    seed: Seed = None,
+) -> None:
+    """Write report.html from what the run folder holds, anew each time."""
+    with _run_folder(recipe, overrides, out, seed, resume=True, command="report") as folder:
+        from rl_ft.pipeline import run_stage
+
+        run_stage("report", folder.config, folder)
+
+
+@app.command()
+def doctor(recipe: Recipe = None, overrides: Set = None, seed: Seed = None) -> None:
+    """Check this machine: versions, SUMO, exact branching, parity, Ray, GPU."""
+    from rl_ft.doctor import examine
+
+    if not examine(_console(), _config(recipe, overrides, seed, base=None)):
+        raise typer.Exit(1)
+
+
+@app.command()
+def scenarios(
+    name: Annotated[str | None, typer.Argument(help="Show this one, like resco:cologne1.")] = None,
+) -> None:
+    """List the kinds of scenario, or show one: junctions, phases, lanes, demand."""
+    from rl_ft.listing import list_scenarios, show_scenario
+
+    if name is None:
+        list_scenarios(_console())
+    else:
+        show_scenario(_console(), name)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show what this one changes.")] = None,
+) -> None:
+    """List the shipped recipes, or show what one changes from the defaults."""
+    from rl_ft.listing import list_recipes, show_recipe
+
+    if name is None:
+        list_recipes(_console())
+    else:
+        show_recipe(_console(), name)
+
+
+def _stage(stage: str, folder: RunFolder) -> None:
+    from rl_ft.pipeline import run_stage
+
+    if folder.stage_done(stage):
+        log.info("%s: done already", stage)
+    else:
+        run_stage(stage, folder.config, folder)
+
+
+def _config(
+    recipe: str | None, overrides: list[str] | None, seed: int | None, *, base: Path | None
+) -> Config:
+    """What was asked for; without a recipe, on top of the started run in `base` if there is one."""
+    from rl_ft.recipe import DEFAULT_RECIPE, load_config
+
+    if recipe is None and base is not None and (base / "config.yaml").is_file():
+        recipe = str(base / "config.yaml")
+    return load_config(recipe or DEFAULT_RECIPE, overrides or (), seed=seed)
+
+
+@contextmanager
+def _run_folder(
+    recipe: str | None,
+    overrides: list[str] | None,
+    out: Path | None,
+    seed: int | None,
+    *,
+    resume: bool,
+    command: str,
+) -> Iterator[RunFolder]:
+    """The run folder, locked, with its log; however the work ends is noted there."""
+    from rl_ft.monitor import run_log
+    from rl_ft.recipe import DEFAULT_RECIPE
+    from rl_ft.run_folder import RunFolder
+
+    place = out or Path("runs") / Path(recipe or DEFAULT_RECIPE).stem
+    config = _config(recipe, overrides, seed, base=place if resume else None)
+    folder = RunFolder.create(place, config, resume=resume)
+    ending = "failed"
+    try:
+        with run_log(folder.path("run.log")):
+            try:
+                yield folder
+                ending = "finished"
+            except KeyboardInterrupt as interrupt:
+                ending = "interrupted"
+                again = f"rl-ft {command} --out {place} --resume"
+                raise InterruptedRun(f"interrupted; to go on: {again}") from interrupt
+            except Exception as error:
+                named = named_cause(error)
+                ending = f"{type(named or error).__name__}: {named or error}"
+                # To the file only: main() tells the user.
+                logging.getLogger("run").error(ending, exc_info=named is None)
+                raise
+    finally:
+        folder.finish(ending)
+
+
+def _evaluate_named(
+    controllers: list[str],
+    models: list[Path],
+    scenarios: list[str],
+    *,
+    seeds: int | None,
+    baseline: str | None,
+    out: Path | None,
+    config: Config,
+) -> None:
+    from typing import get_args
+
+    from rl_ft.config import Controller
+    from rl_ft.monitor import run_log
+    from rl_ft.recipe import nearest
+
+    known = get_args(Controller)
+    for name in controllers:
+        if name not in known:
+            raise UserError(
+                f"--controller {name}: expected one of {', '.join(known)}{nearest(name, known)}"
+            )
+    place = out or Path("runs") / "evaluate"
+    if place.exists() and not place.is_dir():
+        raise UserError(f"--out {place} is a file; expected a folder or a new name")
+    if (place / "results.json").exists() or (place / "config.yaml").exists():
+        raise UserError(f"--out {place} already holds results; give another --out")
+    from rl_ft.evaluate import evaluate_cli
+
+    with run_log(place / "run.log"):
+        evaluate_cli(
+            controllers=controllers,
+            models=models,
+            scenarios=scenarios or list(config.scenarios.held_out),
+            seeds=seeds or config.evaluate.seeds,
+            out=place,
+            baseline=baseline,
+            config=config,
+        )
+
+
+def _is_ours(kind: type) -> bool:
+    """Defined in this project; Ray's own mixture of two classes is not."""
+    return kind.__module__.split(".")[0] in ("envs", "rl_ft")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _end(sentence: str, status: int) -> None:
+    print(f"rl-ft: {sentence}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

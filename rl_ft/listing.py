@@ -1,0 +1,141 @@
+"""What `rl-ft scenarios` and `rl-ft recipes` show: worlds and recipes as a person reads them.
+
+Shows what others define; decides nothing.
+"""
+
+from __future__ import annotations
+
+import gzip
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from envs.scenario import load_scenario, scenario_names
+from envs.types import Decision, JunctionSpec, Phase, Scenario
+from envs.world import World
+from rl_ft.config import Config
+from rl_ft.recipe import differences, load_config, recipe_names
+
+_KINDS = (
+    ("generated:<seed>", "a city drawn from its seed; generated:1-48 stands for 48 of them"),
+    ("resco:<map>", "a map of the RESCO benchmark, shipped with the package sumo-rl"),
+    ("<path>.sumocfg", "your own configuration"),
+    ("<net>.net.xml,<routes>.rou.xml", "your own network and demand"),
+)
+
+_EXAMPLE_S = 300.0
+"""An instant with some traffic, to show what a model reads."""
+
+
+def list_scenarios(console: Console) -> None:
+    """The kinds of scenario there are, and the maps that are installed."""
+    table = Table("name", "what it is", title="scenarios")
+    for name, what in _KINDS:
+        table.add_row(name, what)
+    console.print(table)
+    maps = [name for name in scenario_names() if name.startswith("resco:")]
+    console.print("installed maps: " + (", ".join(maps) or "none; pip install 'rl-ft[resco]'"))
+
+
+def show_scenario(console: Console, name: str) -> None:
+    """One scenario: its window and demand, and what each signalled junction may do."""
+    scenario = load_scenario(name)
+    with World() as world:
+        world.reset(scenario, seed=1)
+        world.drive("max_wave", scenario.begin_s + _EXAMPLE_S)
+        decisions = world.decisions()
+    junctions = [decision.junction for decision in decisions]
+    hours = (scenario.end_s - scenario.begin_s) / 3600
+    demand = num_departures(scenario)
+    console.print(f"{scenario.name}: {scenario.kind}, {scenario.net_file}")
+    console.print(
+        f"from {scenario.begin_s:g} to {scenario.end_s:g} s, {demand:.0f} vehicles "
+        f"({demand / hours:.0f} per hour), {len(junctions)} signalled "
+        f"{'junction' if len(junctions) == 1 else 'junctions'}, "
+        f"a decision every {scenario.timing.decision_interval_s} s"
+    )
+    for junction in junctions:
+        console.print(_phase_table(junction))
+    if decisions:
+        _print_example(console, decisions[0])
+
+
+def num_departures(scenario: Scenario) -> float:
+    """Vehicles that the route files let depart within the window; of random flows, the mean."""
+    return sum(
+        _departures(element, scenario)
+        for file in scenario.route_files
+        for element in _demand_elements(Path(file))
+    )
+
+
+def list_recipes(console: Console) -> None:
+    """The recipes that ship with the package, by how much they change."""
+    table = Table("recipe", "changes from the defaults", title="recipes")
+    for name in recipe_names():
+        changed = differences(Config(), load_config(name))
+        table.add_row(name, f"{len(changed)} keys" if changed else "none")
+    console.print(table)
+    console.print("`rl-ft recipes NAME` shows what a recipe changes")
+
+
+def show_recipe(console: Console, name: str) -> None:
+    """What a recipe changes from the defaults."""
+    table = Table("key", "default", "recipe", title=f"recipe {name}")
+    for key, (default, value) in differences(Config(), load_config(name)).items():
+        table.add_row(key, str(default), str(value))
+    console.print(table)
+
+
+def _phase_table(junction: JunctionSpec) -> Table:
+    title = f"junction {junction.tls_id}: {len(junction.lanes)} lanes"
+    table = Table("phase", "opens", "signals", title=title)
+    for phase in junction.phases:
+        table.add_row(phase.name, _opened(junction, phase), phase.state)
+    return table
+
+
+def _opened(junction: JunctionSpec, phase: Phase) -> str:
+    return ", ".join(
+        f"{junction.lanes[lane].approach} {'+'.join(turns)}{'' if protected else ' (yields)'}"
+        for lane, turns, protected in zip(phase.lanes, phase.turns, phase.protected, strict=True)
+    )
+
+
+def _print_example(console: Console, decision: Decision) -> None:
+    from envs.dialect import observation_text
+
+    console.print(f"what a model reads at {decision.observation.time_s:g} s:")
+    console.print(observation_text(decision), markup=False, highlight=False, soft_wrap=True)
+
+
+def _demand_elements(file: Path) -> Iterator[ET.Element]:
+    with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as source:
+        for _, element in ET.iterparse(source):
+            if element.tag in ("vehicle", "trip", "flow"):
+                yield element
+                element.clear()
+
+
+def _departures(element: ET.Element, scenario: Scenario) -> float:
+    from envs.scenario_check import parse_seconds
+
+    if element.tag != "flow":
+        depart = parse_seconds(element.get("depart", ""))
+        return float(depart is not None and scenario.begin_s <= depart < scenario.end_s)
+    begin = parse_seconds(element.get("begin", "")) or 0.0
+    end = parse_seconds(element.get("end", ""))
+    end = scenario.end_s if end is None else end
+    inside = max(0.0, min(end, scenario.end_s) - max(begin, scenario.begin_s))
+    if element.get("number") is not None:
+        return float(element.get("number", 0)) * inside / (end - begin) if end > begin else 0.0
+    if element.get("vehsPerHour") is not None:
+        return float(element.get("vehsPerHour", 0)) * inside / 3600
+    if element.get("probability") is not None:
+        return float(element.get("probability", 0)) * inside
+    period = element.get("period", "")
+    rate = float(period[4:-1]) if period.startswith("exp(") else 1 / float(period or "inf")
+    return rate * inside
