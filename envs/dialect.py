@@ -6,7 +6,7 @@ could sense. Numbers come in a fixed order that the instructions explain, so a p
 Example of a prompt's user message:
     A 7 12: south through+right 2 1 0 0 15, south left yield shared 1 0 0 0 40, north ...
     B 1 1: south left 1 0 0 0 40, north left empty
-    green A 27
+    green A 25
     choose A B
 and of an answer:
     {"phase": "B"}
@@ -85,7 +85,8 @@ def observation_text(decision: Decision) -> str:
             )
         )
         lines.append(f"{phase.name} {queue} {wave}{full}: {lanes}")
-    lines.append(f"green {junction.phases[observation.current].name} {observation.green_s}")
+    running = junction.phases[observation.current].name
+    lines.append(f"green {running} {round_s(observation.green_s)}")
     lines.append(f"choose {' '.join(decision.legal_names())}")
     return "\n".join(lines)
 
@@ -99,15 +100,15 @@ def _lane_text(lane: LaneSpec, state: LaneState, turns: Sequence[Turn], protecte
     if state.queue_veh == 0 and not any(state.moving_veh):
         words.append("empty")
     else:
-        numbers = (state.queue_veh, *state.moving_veh, round_wait_s(state.first_wait_s))
+        numbers = (state.queue_veh, *state.moving_veh, round_s(state.first_wait_s))
         words.extend(str(number) for number in numbers)
     return " ".join(words)
 
 
-def round_wait_s(wait_s: int) -> int:
-    """Waits in steps of 5 s, from a minute on of 15 s, at most 300 s: fewer words to learn."""
-    step = 5 if wait_s < 60 else 15
-    return min(300, step * round(wait_s / step))
+def round_s(seconds: int) -> int:
+    """Durations in steps of 5 s, from a minute on of 15 s, at most 240 s: fewer words to learn."""
+    step = 5 if seconds < 60 else 15
+    return min(240, step * round(seconds / step))
 
 
 def answer_text(decision: Decision, action: Action) -> str:

@@ -57,6 +57,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraSettings | None = None
     max_prompt_length: int = Field(512, gt=0)
+    instructions: bool = False
+    """Explain the dialect in a system message; a model that is trained on it needs none."""
 
 
 class BehaviourConfig(Section):
@@ -144,11 +146,14 @@ class GrpoConfig(Section):
     weight_decay: float = 0.0
     max_grad_norm: float = Field(1.0, gt=0)
     loss_type: str = "dapo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
     epsilon: float = 0.2
     epsilon_high: float = 0.28
     beta: float = 0.0
     entropy_coef: float = Field(0.0, ge=0)
     groups_per_micro_batch: int = Field(16, gt=0)
+    gradient_checkpointing: bool = False
+    """Trades time for memory: for models that do not fit otherwise."""
     save_steps: int = Field(20, gt=0)
     eval_steps: int = Field(0, ge=0)
     """Closed-loop check on validation scenarios every so many steps; 0 = only at the end."""
@@ -194,6 +199,10 @@ class EvaluateConfig(Section):
     """Simulation seeds 1..n, the same for every policy (paired)."""
     controllers: tuple[Controller, ...] = ("fixed", "max_pressure", "max_wave", "lookahead")
     baseline: str = "max_pressure"
+    num_train_scenarios: int = Field(2, ge=0)
+    """Training scenarios that are evaluated beside the held-out ones."""
+    num_worlds: int = Field(32, gt=0)
+    """Episodes of a model that run side by side, about 120 MB each."""
     lookahead_horizon_s: float = Field(60.0, gt=0)
     fallback: Controller = "max_pressure"
     """Decides where a model's answer is invalid; counted."""

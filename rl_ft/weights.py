@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 import warnings
 from collections.abc import Callable, Mapping
@@ -66,6 +67,30 @@ def fetch(ref: WeightsRef, get: Callable[[object], object]) -> dict[str, Tensor]
             name: torch.from_numpy(array).view(getattr(torch, dtype))
             for name, (dtype, array) in arrays.items()
         }
+
+
+def save_folder(state_dict: Mapping[str, Tensor], like: str | Path, directory: str | Path) -> None:
+    """Write the tensors as a Hugging Face folder with the configuration and tokenizer of another.
+
+    It appears whole or not at all. A head that is tied to the embeddings is left out, as
+    `save_pretrained` does.
+    """
+    from safetensors.torch import save_file
+
+    source, target = Path(like), Path(directory)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("*.safetensors*", "sft.json"))
+    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    tied = settings.get("tie_word_embeddings", False)
+    tensors = {
+        name: tensor.contiguous()
+        for name, tensor in state_dict.items()
+        if not (tied and name == HEAD)
+    }
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(target, ignore_errors=True)
+    partial.replace(target)
 
 
 def checkpoint_shapes(model_path: str | Path) -> dict[str, Shape]:

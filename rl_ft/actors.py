@@ -1,0 +1,159 @@
+"""The Ray actors: plain classes, given resources on the last lines.
+
+World actors drive simulations, the generator owns the vLLM engine, the buffer stands between
+them and the learner. The adapters at the top make an actor look like what `rl_ft.rollout` asks
+for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from envs.types import Decision
+from rl_ft.buffer import GroupBuffer
+from rl_ft.config import Config
+from rl_ft.types import Completion, RolloutGroup, WeightsRef
+from rl_ft.worlds import Trial, Tried, WorldPool
+
+
+class RemoteWorlds:
+    """`rl_ft.rollout.Worlds` over a world actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def states(self) -> list[Decision | str]:
+        """See `WorldPool.states`."""
+        return await self.actor.states.remote()
+
+    async def settle(self, trials: Sequence[Trial | None]) -> list[Tried | None]:
+        """See `WorldPool.settle`."""
+        return await self.actor.settle.remote(list(trials))
+
+
+class RemoteGenerate:
+    """`rl_ft.rollout.Generate` over the generator actor."""
+
+    def __init__(self, actor: Any, config: Config) -> None:
+        self.actor = actor
+        self._max_tokens = config.grpo.max_completion_length
+        self._temperature = config.grpo.temperature
+        self._seeded = config.generation.reproducible
+
+    async def __call__(
+        self, prompts: Sequence[Sequence[int]], *, num_samples: int, seed: int
+    ) -> list[list[Completion]]:
+        """Sample; the seed counts only where the configuration asks for identical runs."""
+        return await self.actor.generate.remote(
+            [tuple(prompt) for prompt in prompts],
+            num_samples=num_samples,
+            temperature=self._temperature,
+            max_tokens=self._max_tokens,
+            seed=seed if self._seeded else None,
+        )
+
+
+class GeneratorService:
+    """The sampler behind an actor: it fetches published weights by itself."""
+
+    def __init__(self, model_path: str, config: Config, seed: int) -> None:
+        from rl_ft.generation import Generator
+
+        self._generator = Generator(model_path, config=config, seed=seed)
+
+    def generate(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[Completion]]:
+        """See `Generator.generate`."""
+        return self._generator.generate(prompts, **settings)
+
+    def load(self, ref: WeightsRef) -> int:
+        """Answer with a published version from now on; returns it."""
+        from rl_ft.weights import fetch
+
+        self._generator.load_weights(fetch(ref, ray.get), ref.version)
+        return self._generator.version
+
+    def load_folder(self, model_path: str) -> None:
+        """Answer with the weights of a model folder of the same architecture, as version 0."""
+        from rl_ft.parity import read_state_dict
+
+        self._generator.load_weights(read_state_dict(model_path), 0)
+
+    def check_parity(
+        self, model_path: str, prompts: Sequence[Sequence[int]], max_tokens: int, bound: float
+    ) -> Any:
+        """The gate before training: a non-zero change must arrive, and the original come back."""
+        from rl_ft import parity
+
+        return parity.check(
+            self._generator,
+            parity.read_state_dict(model_path),
+            model_path,
+            prompts,
+            max_tokens=max_tokens,
+            bound=bound,
+        )
+
+    def pid(self) -> int:
+        """Process id."""
+        return os.getpid()
+
+
+class LearnerLink:
+    """What the learner is given: picklable callables around the buffer.
+
+    `fetch` waits for groups, but never for a driver that is gone.
+    """
+
+    WAIT_S = 600.0
+
+    def __init__(self, buffer: Any) -> None:
+        self._buffer = buffer
+
+    def fetch(self, step: int) -> tuple[RolloutGroup, ...]:
+        """The groups of an optimiser step."""
+        groups = ray.get(self._buffer.get_groups.remote(step, self.WAIT_S))
+        if groups is None:
+            raise TimeoutError(f"no groups for step {step} within {self.WAIT_S:g} s")
+        return groups
+
+    def publish(self, state_dict: dict[str, Any], version: int) -> None:
+        """Weights into the object store, their reference into the buffer."""
+        from rl_ft.weights import publish
+
+        # Nested in a list, the reference itself travels instead of what it points to.
+        ref = publish(state_dict, version, ray.put)
+        ray.get(self._buffer.publish.remote(ref))
+
+    def report(self, step: int, values: dict[str, float]) -> None:
+        """Metrics of a finished step."""
+        ray.get(self._buffer.report.remote(step, values))
+
+
+def start_actors(
+    config: Config, model_path: str, scenarios: Sequence[str]
+) -> tuple[list[Any], Any]:
+    """World actors and the generator, with the resources the configuration declares."""
+    settings = config.ray
+    share, rest = divmod(config.rollout.num_worlds, settings.num_world_actors)
+    worlds = [
+        WorldActor.options(num_cpus=settings.cpus_per_world_actor).remote(
+            config,
+            list(scenarios),
+            seed=config.seed * 1_000 + i,
+            num_worlds=share + (i < rest),
+        )
+        for i in range(settings.num_world_actors)
+    ]
+    generator = GeneratorActor.options(num_cpus=settings.cpus_per_generator).remote(
+        model_path, config, config.seed
+    )
+    return worlds, generator
+
+
+WorldActor = ray.remote(WorldPool)
+GeneratorActor = ray.remote(GeneratorService)
+BufferActor = ray.remote(num_cpus=0)(GroupBuffer)

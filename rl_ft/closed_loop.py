@@ -1,0 +1,141 @@
+"""Plays whole episodes: classical controllers by themselves, models through the dialect.
+
+Models answer in batches: all episodes of a policy run side by side, one decision interval at a
+time. Worlds run in threads of this process, whose work happens in their child processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from envs import dialect
+from envs.controllers import CONTROLLERS, PROGRAMS
+from envs.scenario import load_scenario
+from envs.types import Decision, TripStats
+from envs.world import World
+from rl_ft.config import Config
+from rl_ft.types import Completion
+
+Ask = Callable[[list[Decision]], list[Completion]]
+"""The model's answer to each decision."""
+
+WORLD_TIMEOUT_S = 1800.0
+"""A lookahead episode of a large network runs in one call."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One episode to play."""
+
+    scenario: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Episode:
+    """How it went; the counts are 0 for controllers that answer no prompts."""
+
+    policy: str
+    job: Job
+    trips: TripStats
+    decisions: int = 0
+    invalid_answers: int = 0
+    partial_answers: int = 0
+    fallbacks: int = 0
+
+
+def play_controller(name: str, jobs: Sequence[Job], config: Config) -> Iterator[Episode]:
+    """Episodes of a classical controller, in the jobs' order."""
+
+    def play(job: Job) -> Episode:
+        scenario = load_scenario(job.scenario)
+        with World(timeout_s=WORLD_TIMEOUT_S) as world:
+            world.reset(scenario, job.seed, program=name if name in PROGRAMS else None)
+            world.drive(name, scenario.end_s, horizon_s=config.evaluate.lookahead_horizon_s)
+            return Episode(policy=name, job=job, trips=world.trips())
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        yield from pool.map(play, jobs)
+
+
+class _Seat:
+    """One episode in progress under a model."""
+
+    def __init__(self, policy: str, job: Job, config: Config) -> None:
+        self.job = job
+        self._policy, self._config = policy, config
+        self._world = World(timeout_s=WORLD_TIMEOUT_S)
+        self._end_s = load_scenario(job.scenario).end_s
+        self._counts = {"decisions": 0, "invalid_answers": 0, "partial_answers": 0, "fallbacks": 0}
+        self.decisions: tuple[Decision, ...] = ()
+        self.episode: Episode | None = None
+
+    def start(self) -> None:
+        self._world.reset(load_scenario(self.job.scenario), self.job.seed)
+        self.decisions = self._world.decisions()
+
+    def advance(self, answers: Sequence[str | None]) -> None:
+        """Act on the answers to `decisions` (None where there was no choice)."""
+        chosen = [self._phase(d, a) for d, a in zip(self.decisions, answers, strict=True)]
+        self._world.step(
+            {d.junction.tls_id: phase for d, phase in zip(self.decisions, chosen, strict=True)}
+        )
+        if self.decisions[0].observation.time_s + self._interval_s >= self._end_s:
+            self.episode = Episode(
+                policy=self._policy, job=self.job, trips=self._world.trips(), **self._counts
+            )
+            self._world.close()
+        else:
+            self.decisions = self._world.decisions()
+
+    @property
+    def _interval_s(self) -> float:
+        return load_scenario(self.job.scenario).timing.decision_interval_s
+
+    def _phase(self, decision: Decision, answer: str | None) -> int:
+        if answer is None:
+            return decision.legal[0]
+        self._counts["decisions"] += 1
+        parsed = dialect.parse(decision, answer)
+        if isinstance(parsed, dialect.Parsed):
+            self._counts["partial_answers"] += not parsed.strict
+            return parsed.action.phase
+        self._counts["invalid_answers"] += 1
+        self._counts["fallbacks"] += 1
+        return CONTROLLERS[self._config.evaluate.fallback](decision).phase
+
+    def close(self) -> None:
+        self._world.close()
+
+
+def play_model(policy: str, ask: Ask, jobs: Iterable[Job], config: Config) -> Iterator[Episode]:
+    """Episodes of a model, in the order in which they end.
+
+    An invalid answer is counted and replaced by the fallback controller's choice.
+    """
+    waiting = list(jobs)[::-1]
+    seats: list[_Seat] = []
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        try:
+            while waiting or seats:
+                fresh = []
+                while waiting and len(seats) < config.evaluate.num_worlds:
+                    fresh.append(_Seat(policy, waiting.pop(), config))
+                    seats.append(fresh[-1])
+                list(pool.map(_Seat.start, fresh))
+                answers = _answers(seats, ask)
+                list(pool.map(_Seat.advance, seats, answers))
+                yield from (seat.episode for seat in seats if seat.episode)
+                seats = [seat for seat in seats if not seat.episode]
+        finally:
+            for seat in seats:
+                seat.close()
+
+
+def _answers(seats: Sequence[_Seat], ask: Ask) -> list[list[str | None]]:
+    questions = [d for seat in seats for d in seat.decisions if len(d.legal) > 1]
+    texts = iter([completion.text for completion in ask(questions)])
+    return [[next(texts) if len(d.legal) > 1 else None for d in seat.decisions] for seat in seats]

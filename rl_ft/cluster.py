@@ -1,0 +1,42 @@
+"""The Ray session of a run: a private local cluster, or one that is named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rl_ft.config import Config
+
+OBJECT_STORE_BYTES = 2**30
+"""Of a private cluster: groups and weights of a laptop's run are far smaller."""
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Connected to Ray inside; a session that is already open is used and left open."""
+    # Under `uv run`, Ray would start its workers through uv, in another environment.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    settings = config.ray
+    if settings.address is None:
+        ray.init(
+            address="local",
+            num_cpus=settings.num_cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    else:
+        ray.init(address=settings.address, log_to_driver=False, configure_logging=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,168 @@
+"""Decision states with the teachers' answers: what the supervised start learns from.
+
+Walks the training scenarios under mixed behaviour and keeps instants at which the choice matters;
+at each, every legal phase is tried by branching, so the row also says what each would have cost.
+Worlds run in parallel, one per core; the rows do not depend on how many.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from envs import dialect
+from envs.controllers import CONTROLLERS
+from envs.errors import UserError
+from envs.reward import RewardWeights, cost_veh_s
+from envs.scenario import expand, load_scenario
+from envs.types import Action, Decision
+from envs.world import World
+from rl_ft.config import Config
+from rl_ft.progress import track
+from rl_ft.run_folder import RunFolder
+from rl_ft.tiny import build_tiny
+from rl_ft.worlds import draw_driver, worth_asking
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+SPARE = 1.25
+"""Episodes beyond what is wanted: light traffic gives fewer states that matter than asked for."""
+
+
+def prepare(config: Config, folder: RunFolder) -> None:
+    """Write the base model to `model/` and the teachers' rows to `data/`."""
+    prepare_model(config, folder.path("model"))
+    data = folder.path("data")
+    data.mkdir(exist_ok=True)
+    rows = collect_rows(config)
+    train, held_back = rows[: config.prepare.num_states], rows[config.prepare.num_states :]
+    for teacher in config.prepare.teachers:
+        for name, part in (("sft", train), ("eval", held_back)):
+            _write_rows(data / f"{name}_{teacher}.jsonl", part, teacher)
+    log.info("prepared %d training and %d evaluation states", len(train), len(held_back))
+
+
+def prepare_model(config: Config, directory: Path) -> Path:
+    """The policy's starting point as a Hugging Face folder: built, or copied from where it is.
+
+    Raises:
+        UserError: `model.name_or_path` is not `tiny` and not a model folder.
+    """
+    name = config.model.name_or_path
+    if name == "tiny":
+        return build_tiny(directory, config=config.model.tiny, seed=config.seed)
+    source = Path(name)
+    if not (source / "config.json").is_file():
+        raise UserError(
+            f"model.name_or_path is {name!r}: expected 'tiny' or a folder with config.json, "
+            "weights and tokenizer; download a Hugging Face model to a folder first"
+        )
+    shutil.copytree(source, directory, dirs_exist_ok=True)
+    return directory
+
+
+def collect_rows(config: Config) -> list[Row]:
+    """All decision states, shuffled by the seed; as many as training and evaluation ask for."""
+    prepare = config.prepare
+    wanted = prepare.num_states + prepare.num_eval_states
+    scenarios = expand(config.scenarios.train)
+    num_episodes = math.ceil(SPARE * wanted / prepare.states_per_episode)
+    jobs = [(scenarios[i % len(scenarios)], config.seed * 100_003 + i) for i in range(num_episodes)]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        episodes = pool.map(lambda job: _episode_rows(config, *job), jobs)
+        rows = [row for part in track(episodes, "decision states", len(jobs)) for row in part]
+    if len(rows) < wanted:
+        raise UserError(
+            f"the training scenarios gave {len(rows)} decision states that matter, "
+            f"{wanted} are wanted; lower prepare.num_states or prepare.min_queue_veh"
+        )
+    random.Random(config.seed).shuffle(rows)
+    return rows[:wanted]
+
+
+def _episode_rows(config: Config, name: str, seed: int) -> list[Row]:
+    with World(timeout_s=config.rollout.call_timeout_s) as world:
+        return list(_walk(config, world, name, seed))
+
+
+def _walk(config: Config, world: World, name: str, seed: int) -> Iterator[Row]:
+    prepare = config.prepare
+    rng = random.Random(f"{name}/{seed}")
+    scenario = load_scenario(name)
+    world.reset(scenario, seed)
+    time_s = scenario.begin_s
+    driver, driver_until_s = draw_driver(prepare.behaviour, rng), time_s
+    warm_s = time_s + prepare.warm_up_s
+    gap_s = (scenario.end_s - warm_s) / (prepare.states_per_episode + 1)
+    next_s = warm_s
+    found = 0
+    while time_s < scenario.end_s and found < prepare.states_per_episode:
+        if time_s >= driver_until_s:
+            driver = draw_driver(prepare.behaviour, rng)
+            driver_until_s = time_s + prepare.behaviour.swap_interval_s
+        if time_s >= next_s:
+            worthy = [d for d in world.decisions() if worth_asking(d, prepare.min_queue_veh)]
+            if worthy:
+                yield decision_row(config, world, rng.choice(worthy))
+                found += 1
+                next_s = time_s + rng.uniform(0.5, 1.5) * gap_s
+        world.drive(driver, time_s + 1)
+        time_s, _ = world.time()
+
+
+def decision_row(config: Config, world: World, decision: Decision) -> Row:
+    """One state: its prompt, what every legal phase costs, and each teacher's answer."""
+    weights = reward_weights(config)
+    tls_id = decision.junction.tls_id
+    outcomes = world.branch(
+        [{tls_id: phase} for phase in decision.legal],
+        config.reward.horizon_s,
+        config.reward.follow,
+    )
+    costs = [cost_veh_s(outcome, weights) for outcome in outcomes]
+    best = decision.legal[costs.index(min(costs))]
+    answers = {
+        "lookahead": dialect.answer_text(decision, Action(phase=best)),
+        "max_pressure": dialect.answer_text(decision, CONTROLLERS["max_pressure"](decision)),
+    }
+    return {
+        "id": state_id(decision),
+        "messages": dialect.messages(decision, instructions=config.model.instructions),
+        "answers": answers,
+        "legal_answers": [
+            dialect.answer_text(decision, Action(phase=phase)) for phase in decision.legal
+        ],
+        "cost_veh_s": dict(zip(decision.legal_names(), costs, strict=True)),
+    }
+
+
+def state_id(decision: Decision) -> str:
+    """Names the instant: scenario, seed, time, junction."""
+    return (
+        f"{decision.scenario}/{decision.seed}/{decision.observation.time_s:g}/"
+        f"{decision.junction.tls_id}"
+    )
+
+
+def reward_weights(config: Config) -> RewardWeights:
+    """The reward section as `envs.reward` takes it."""
+    return RewardWeights(**config.reward.model_dump(exclude={"horizon_s", "follow"}))
+
+
+def _write_rows(file: Path, rows: list[Row], teacher: str) -> None:
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as out:
+        for row in rows:
+            chosen = {k: v for k, v in row.items() if k != "answers"}
+            out.write(json.dumps({**chosen, "answer": row["answers"][teacher]}) + "\n")
+    temporary.replace(file)

@@ -1,0 +1,272 @@
+"""The closed loop that decides: every policy on the same scenarios and seeds, with intervals.
+
+Writes `results.json` with one row per (policy, scenario, seed) and prints the table. Training
+never looks at these numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from envs import dialect
+from envs.controllers import CONTROLLER_NAMES
+from envs.errors import UserError
+from envs.metrics import gridlock_rate, paired_difference, summarise
+from envs.scenario import expand
+from envs.types import Decision
+from rl_ft.closed_loop import Ask, Episode, Job, play_controller, play_model
+from rl_ft.cluster import ray_session
+from rl_ft.config import Config
+from rl_ft.monitor import write_summary
+from rl_ft.progress import track
+from rl_ft.render import Renderer
+from rl_ft.run_folder import RunFolder, write_atomically
+from rl_ft.types import Completion
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+def evaluate_run(config: Config, folder: RunFolder) -> None:
+    """A run's own models and the configured controllers, held out and on training scenarios."""
+    models = {}
+    for start in config.prepare.teachers:
+        models[f"sft:{start}"] = folder.path("sft", start)
+        models[f"grpo:{start}"] = folder.path("grpo", start, "model")
+    held_out = expand(config.scenarios.held_out)
+    train = expand(config.scenarios.train)[: config.evaluate.num_train_scenarios]
+    splits = {**dict.fromkeys(train, "train"), **dict.fromkeys(held_out, "held_out")}
+    results = evaluate(
+        config,
+        controllers=config.evaluate.controllers,
+        models=models,
+        splits=splits,
+        seeds=config.evaluate.seeds,
+        baseline=config.evaluate.baseline,
+        versus={f"grpo:{start}": f"sft:{start}" for start in config.prepare.teachers},
+    )
+    write_atomically(folder.path("eval", "results.json"), json.dumps(results, indent=1))
+    write_summary(folder.root, "evaluate", {"summary": results["summary"]})
+    print_table(results)
+
+
+def evaluate_cli(
+    *,
+    controllers: Sequence[str],
+    models: Sequence[Path],
+    scenarios: Sequence[str],
+    seeds: int,
+    out: Path,
+    baseline: str | None,
+    config: Config,
+) -> None:
+    """`rl-ft evaluate --controller NAME --model DIR --scenario NAME`."""
+    unknown = [name for name in controllers if name not in CONTROLLER_NAMES]
+    if unknown:
+        raise UserError(
+            f"--controller {unknown[0]} is unknown; expected one of {', '.join(CONTROLLER_NAMES)}"
+        )
+    named = {str(model): Path(model) for model in models}
+    policies = [*controllers, *named]
+    if not policies:
+        raise UserError("nothing to evaluate: give --controller NAME or --model DIR")
+    if baseline is not None and baseline not in policies:
+        raise UserError(f"--baseline {baseline} is not among the policies: {', '.join(policies)}")
+    results = evaluate(
+        config,
+        controllers=controllers,
+        models=named,
+        splits=dict.fromkeys(expand(scenarios), "held_out"),
+        seeds=seeds,
+        baseline=baseline or policies[0],
+        versus={},
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "results.json", json.dumps(results, indent=1))
+    print_table(results)
+
+
+def evaluate(
+    config: Config,
+    *,
+    controllers: Sequence[str],
+    models: dict[str, Path],
+    splits: dict[str, str],
+    seeds: int,
+    baseline: str,
+    versus: dict[str, str],
+) -> dict[str, Any]:
+    """Play everything; `versus` names a further policy to compare a policy with."""
+    jobs = [Job(scenario=name, seed=seed) for name in splits for seed in range(1, seeds + 1)]
+    episodes: list[Episode] = []
+    for name in controllers:
+        played = play_controller(name, jobs, config)
+        episodes += track(played, f"evaluate {name}", len(jobs))
+    if models:
+        with _sampler(config, models) as ask_as:
+            for name, path in models.items():
+                played = play_model(name, ask_as(path), jobs, config)
+                episodes += track(played, f"evaluate {name}", len(jobs))
+    rows = sorted(
+        (_row(episode, splits) for episode in episodes),
+        key=lambda row: (row["policy"], row["scenario"], row["seed"]),
+    )
+    policies = [*controllers, *models]
+    pairs = [(policy, baseline) for policy in policies if policy != baseline]
+    pairs += [pair for pair in versus.items() if pair[1] != baseline]
+    return {
+        "baseline": baseline,
+        "policies": policies,
+        "rows": rows,
+        "comparisons": list(_comparisons(rows, splits, pairs)),
+        "summary": list(_summary(rows, splits, policies)),
+    }
+
+
+@contextmanager
+def _sampler(config: Config, models: dict[str, Path]) -> Iterator[Callable[[Path], Ask]]:
+    """One vLLM engine for all models; greedy, through the same renderer as training."""
+    first = next(iter(models.values()))
+    renderers = {
+        path: Renderer(str(path), max_prompt_length=config.model.max_prompt_length)
+        for path in models.values()
+    }
+    with ray_session(config):
+        import ray
+
+        from rl_ft.actors import GeneratorActor
+
+        generator = GeneratorActor.options(num_cpus=config.ray.cpus_per_generator).remote(
+            str(first), config, config.seed
+        )
+
+        def ask_as(path: Path) -> Ask:
+            ray.get(generator.load_folder.remote(str(path)))
+
+            def ask(decisions: list[Decision]) -> list[Completion]:
+                if not decisions:
+                    return []
+                prompts = [
+                    renderers[path].prompt_ids(
+                        dialect.messages(d, instructions=config.model.instructions)
+                    )
+                    for d in decisions
+                ]
+                answers = generator.generate.remote(
+                    prompts,
+                    num_samples=1,
+                    temperature=0.0,
+                    max_tokens=config.grpo.max_completion_length,
+                )
+                return [completions[0] for completions in ray.get(answers)]
+
+            return ask
+
+        try:
+            yield ask_as
+        finally:
+            ray.kill(generator)
+
+
+def _row(episode: Episode, splits: dict[str, str]) -> Row:
+    trips = episode.trips
+    return {
+        "policy": episode.policy,
+        "scenario": episode.job.scenario,
+        "split": splits[episode.job.scenario],
+        "seed": episode.job.seed,
+        "delay_s": trips.delay_s,
+        "wait_s": trips.wait_s,
+        "queue_veh": trips.queue_veh,
+        "throughput_veh": trips.throughput_veh,
+        "unfinished_veh": trips.unfinished_veh,
+        "not_departed_veh": trips.not_departed_veh,
+        "num_trips": trips.num_trips,
+        "gridlock": trips.gridlock,
+        "decisions": episode.decisions,
+        "invalid_answers": episode.invalid_answers,
+        "partial_answers": episode.partial_answers,
+        "fallbacks": episode.fallbacks,
+    }
+
+
+def _select(rows: Iterable[Row], policy: str, scenario: str) -> list[Row]:
+    return [row for row in rows if row["policy"] == policy and row["scenario"] == scenario]
+
+
+def _comparisons(
+    rows: Sequence[Row], splits: dict[str, str], pairs: Sequence[tuple[str, str]]
+) -> Iterator[Row]:
+    for policy, other in pairs:
+        for scenario in splits:
+            a, b = _select(rows, policy, scenario), _select(rows, other, scenario)
+            found = paired_difference([r["delay_s"] for r in a], [r["delay_s"] for r in b])
+            yield {
+                "policy": policy,
+                "scenario": scenario,
+                "versus": other,
+                "mean_difference_s": found.mean,
+                "low_s": found.low,
+                "high_s": found.high,
+                "n": found.n,
+            }
+
+
+def _summary(rows: Sequence[Row], splits: dict[str, str], policies: Sequence[str]) -> Iterator[Row]:
+    for scenario, split in splits.items():
+        for policy in policies:
+            chosen = _select(rows, policy, scenario)
+            delay = summarise([row["delay_s"] for row in chosen])
+            yield {
+                "policy": policy,
+                "scenario": scenario,
+                "split": split,
+                "median_delay_s": delay.median,
+                "mean_delay_s": delay.mean,
+                "p95_delay_s": delay.p95,
+                "gridlock_rate": gridlock_rate(row["gridlock"] for row in chosen),
+                "throughput_veh": sum(row["throughput_veh"] for row in chosen) / len(chosen),
+                "invalid_answers": sum(row["invalid_answers"] for row in chosen),
+                "fallbacks": sum(row["fallbacks"] for row in chosen),
+                "n": delay.n,
+            }
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """The results as a person reads them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    baseline = results["baseline"]
+    differences = {
+        (c["policy"], c["scenario"]): c for c in results["comparisons"] if c["versus"] == baseline
+    }
+    table = Table(title=f"Delay per vehicle in s; differences to {baseline}, 95 % interval")
+    table.add_column("scenario")
+    table.add_column("policy")
+    for heading in ("median", "mean", f"vs {baseline}", "gridlock", "arrived", "invalid"):
+        table.add_column(heading, justify="right")
+    for row in results["summary"]:
+        found = differences.get((row["policy"], row["scenario"]))
+        table.add_row(
+            row["scenario"],
+            row["policy"],
+            f"{row['median_delay_s']:.1f}",
+            f"{row['mean_delay_s']:.1f}",
+            _interval_text(found) if found else "",
+            f"{row['gridlock_rate']:.0%}",
+            f"{row['throughput_veh']:.0f}",
+            str(row["invalid_answers"]),
+            end_section=row["policy"] == results["policies"][-1],
+        )
+    Console().print(table)
+
+
+def _interval_text(found: Row) -> str:
+    return f"{found['mean_difference_s']:+.1f} [{found['low_s']:+.1f}, {found['high_s']:+.1f}]"

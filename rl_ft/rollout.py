@@ -1,0 +1,272 @@
+"""From decisions to scored groups: render, generate, parse, branch, reward, advantage.
+
+Knows neither Ray nor vLLM: worlds and the sampler are two small protocols. A world that fails
+costs its group and is counted; it never becomes a reward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from envs import dialect
+from envs.controllers import max_pressure
+from envs.reward import Reward, RewardWeights, cost_veh_s, group_rewards
+from envs.types import Decision, ParseFailure
+from rl_ft.advantage import group_advantages, is_zero_variance
+from rl_ft.config import Config
+from rl_ft.dataset import reward_weights, state_id
+from rl_ft.types import Completion, RolloutGroup
+from rl_ft.worlds import Trial, Tried
+
+ADVANTAGE_FLOOR = 1.0
+"""The traffic term is already divided by the group's deviation: divide by it once only."""
+
+
+class Worlds(Protocol):
+    """`rl_ft.worlds.WorldPool`, wherever it runs."""
+
+    async def states(self) -> list[Decision | str]:
+        """For every world its next decision, or why there is none."""
+        ...
+
+    async def settle(self, trials: Sequence[Trial | None]) -> list[Tried | None]:
+        """Branch and execute."""
+        ...
+
+
+class Generate(Protocol):
+    """Sample completions of prompts; where the model runs is not the caller's business."""
+
+    async def __call__(
+        self, prompts: Sequence[Sequence[int]], *, num_samples: int, seed: int
+    ) -> list[list[Completion]]:
+        """`num_samples` completions for each prompt."""
+        ...
+
+
+class Render(Protocol):
+    """`rl_ft.render.Renderer.prompt_ids`."""
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """Token ids of a chat up to where the answer starts."""
+        ...
+
+
+@dataclass(kw_only=True, slots=True)
+class Tally:
+    """What happened while groups were collected; sums, so tallies of several workers add up."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """groups, zero_variance, failed, completions, strict, partial, invalid, distinct, agreed,
+    disagreed, and failed/<cause>."""
+    sums: Counter[str] = field(default_factory=Counter)
+    """reward, gain_veh_s, regret_veh_s, and seconds by stage."""
+
+    def add(self, other: Tally) -> None:
+        """Take in another worker's tally."""
+        self.counts.update(other.counts)
+        self.sums.update(other.sums)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collected:
+    """Groups in a fixed order, what happened on the way, and some decisions to show."""
+
+    groups: tuple[RolloutGroup, ...]
+    tally: Tally
+    examples: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """A decision with its sampled and parsed answers."""
+
+    decision: Decision
+    prompt_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+    parsed: tuple[dialect.Parsed | ParseFailure, ...]
+    reference: int
+    """What max-pressure would choose: always branched, to say what the policy gains over it."""
+
+    def trial(self) -> Trial:
+        first = self.parsed[0]
+        chosen = {p.action.phase for p in self.parsed if isinstance(p, dialect.Parsed)}
+        return Trial(
+            phases=tuple(sorted(chosen | {self.reference})),
+            executed=first.action.phase if isinstance(first, dialect.Parsed) else None,
+        )
+
+
+async def collect_groups(
+    worlds: Worlds, generate: Generate, render: Render, config: Config, *, quota: int, seed: int
+) -> Collected:
+    """Rounds of one decision per world until `quota` groups have something to teach.
+
+    Groups without variance are refilled for at most `rollout.max_refills` further rounds; what
+    is still missing then is filled with them.
+    """
+    teaching: list[RolloutGroup] = []
+    idle: list[RolloutGroup] = []
+    tally = Tally()
+    examples: list[dict[str, Any]] = []
+    rounds = 0
+    while len(teaching) < quota:
+        made = await _round(worlds, generate, render, config, seed=seed + rounds, tally=tally)
+        rounds += 1
+        for group, example in made:
+            (idle if is_zero_variance(group.rewards, group.valid) else teaching).append(group)
+            examples.append(example)
+        if rounds > config.rollout.max_refills and len(teaching) + len(idle) >= quota:
+            break
+        if rounds > 10 * (config.rollout.max_refills + 1):
+            break
+    groups = (teaching + idle)[:quota]
+    return Collected(groups=tuple(groups), tally=tally, examples=tuple(examples[:4]))
+
+
+async def _round(
+    worlds: Worlds, generate: Generate, render: Render, config: Config, *, seed: int, tally: Tally
+) -> list[tuple[RolloutGroup, dict[str, Any]]]:
+    start = time.perf_counter()
+    states = await worlds.states()
+    for state in states:
+        if isinstance(state, str):
+            _count_failure(tally, state)
+    decisions = [state for state in states if isinstance(state, Decision)]
+    observed = time.perf_counter()
+    asked = iter(await _ask(decisions, generate, render, config, seed=seed))
+    generated = time.perf_counter()
+    by_world = [next(asked) if isinstance(state, Decision) else None for state in states]
+    tried = await worlds.settle([a.trial() if a else None for a in by_world])
+    tally.sums.update(
+        observe_s=observed - start,
+        generate_s=generated - observed,
+        branch_s=time.perf_counter() - generated,
+    )
+    made = []
+    for question, answer in zip(by_world, tried, strict=True):
+        if question is None or answer is None:
+            continue
+        if answer.failure:
+            _count_failure(tally, answer.failure)
+            continue
+        made.append(_score(question, answer, config, tally))
+    return made
+
+
+async def _ask(
+    decisions: Sequence[Decision], generate: Generate, render: Render, config: Config, *, seed: int
+) -> list[_Asked]:
+    instructions = config.model.instructions
+    prompts = [render.prompt_ids(dialect.messages(d, instructions=instructions)) for d in decisions]
+    if not prompts:
+        return []
+    sampled = await generate(prompts, num_samples=config.grpo.num_generations, seed=seed)
+    return [
+        _Asked(
+            decision=decision,
+            prompt_ids=tuple(prompt),
+            completions=tuple(completions),
+            parsed=tuple(dialect.parse(decision, c.text) for c in completions),
+            reference=max_pressure(decision).phase,
+        )
+        for decision, prompt, completions in zip(decisions, prompts, sampled, strict=True)
+    ]
+
+
+def _score(
+    asked: _Asked, tried: Tried, config: Config, tally: Tally
+) -> tuple[RolloutGroup, dict[str, Any]]:
+    weights = reward_weights(config)
+    kinds = [_kind(parsed) for parsed in asked.parsed]
+    phases = [p.action.phase if isinstance(p, dialect.Parsed) else None for p in asked.parsed]
+    costs = {phase: cost_veh_s(o, weights) for phase, o in tried.outcomes.items()}
+    rewards = _rewards(phases, kinds, tried, weights)
+    totals = [reward.total for reward in rewards]
+    valid = [True] * len(totals)
+    group = RolloutGroup(
+        group_id=state_id(asked.decision),
+        prompt_ids=asked.prompt_ids,
+        completions=asked.completions,
+        rewards=tuple(totals),
+        advantages=group_advantages(totals, valid, scale_floor=ADVANTAGE_FLOOR),
+        valid=tuple(valid),
+    )
+    tally.counts.update(
+        groups=1,
+        zero_variance=int(is_zero_variance(totals, valid)),
+        completions=len(kinds),
+        distinct=len(set(phases)),
+        agreed=int(tried.agreed is True),
+        disagreed=int(tried.agreed is False),
+        **Counter(kinds),
+    )
+    paid = [costs[phase] for phase in phases if phase in costs]
+    tally.sums.update(reward=sum(totals) / len(totals))
+    if paid:
+        mean = sum(paid) / len(paid)
+        gain, regret = costs[asked.reference] - mean, mean - min(costs.values())
+        tally.sums.update(gain_veh_s=gain, regret_veh_s=regret)
+    return group, _example(asked, costs)
+
+
+def _rewards(
+    phases: Sequence[int | None], kinds: Sequence[str], tried: Tried, weights: RewardWeights
+) -> tuple[Reward, ...]:
+    if tried.outcomes:
+        outcomes = [None if phase is None else tried.outcomes[phase] for phase in phases]
+        return group_rewards(outcomes, kinds, weights)
+    # One distinct phase, the reference's own, is not simulated: the format alone differs.
+    earned = group_rewards([None] * len(kinds), kinds, weights)
+    return tuple(Reward(traffic=0.0, format=r.format, cost_veh_s=None) for r in earned)
+
+
+def _kind(parsed: dialect.Parsed | ParseFailure) -> str:
+    if isinstance(parsed, ParseFailure):
+        return "invalid"
+    return "strict" if parsed.strict else "partial"
+
+
+def _count_failure(tally: Tally, cause: str) -> None:
+    tally.counts.update({"failed": 1, f"failed/{cause}": 1})
+
+
+def _example(asked: _Asked, costs: dict[int, float]) -> dict[str, Any]:
+    names = [phase.name for phase in asked.decision.junction.phases]
+    first = asked.parsed[0]
+    return {
+        "id": state_id(asked.decision),
+        "prompt": dialect.observation_text(asked.decision),
+        "answer": asked.completions[0].text,
+        "legal": list(asked.decision.legal_names()),
+        "cost_veh_s": {names[phase]: cost for phase, cost in costs.items()},
+        "chosen": names[first.action.phase] if isinstance(first, dialect.Parsed) else None,
+        "teacher": names[asked.reference],
+    }
+
+
+def metrics(tally: Tally) -> dict[str, float]:
+    """The tally as the step's metrics: means and shares."""
+    counts, sums = tally.counts, tally.sums
+    groups, answers = max(1, counts["groups"]), max(1, counts["completions"])
+    asked = max(1, counts["groups"] + counts["failed"])
+    return {
+        "reward/mean": sums["reward"] / groups,
+        "reward/gain_over_max_pressure_veh_s": sums["gain_veh_s"] / groups,
+        "reward/regret_veh_s": sums["regret_veh_s"] / groups,
+        "format/strict_share": counts["strict"] / answers,
+        "format/partial_share": counts["partial"] / answers,
+        "format/invalid_share": counts["invalid"] / answers,
+        "health/failed_share": counts["failed"] / asked,
+        "health/zero_variance_share": counts["zero_variance"] / groups,
+        "health/distinct_actions": counts["distinct"] / groups,
+        "health/branch_disagreements": float(counts["disagreed"]),
+        "rollout/groups": float(counts["groups"]),
+        "time/observe_s": sums["observe_s"],
+        "time/generate_s": sums["generate_s"],
+        "time/branch_s": sums["branch_s"],
+    }

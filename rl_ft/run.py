@@ -1,0 +1,266 @@
+"""The GRPO loop on one page.
+
+    learner (Ray Train) --publish v--> buffer --v--> generator loads v
+                                                        |
+    learner <--groups of step v-- buffer <--groups-- worlds + generator, at version v
+       |
+       +-- optimiser step v -> v + 1 -> publish
+
+Everybody waits for weights: a publication, be it the first one, the next one or that of a
+restarted learner, is what makes the loop collect the groups of step v. So a restart needs no code
+of its own. Nothing waits for ever: every wait looks whether the learner still lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from envs.scenario import expand
+from rl_ft.cluster import ray_session
+from rl_ft.config import Config
+from rl_ft.health import HealthMonitor
+from rl_ft.monitor import LoadSampler, MetricLog
+from rl_ft.parity import MismatchGate
+from rl_ft.render import Renderer
+from rl_ft.rollout import Collected, Tally, collect_groups, metrics
+from rl_ft.run_folder import RunFolder
+from rl_ft.types import RolloutGroup, WeightsRef
+
+log = logging.getLogger(__name__)
+
+POLL_S = 2.0
+"""How often a wait looks whether the other side still lives."""
+
+
+def train_grpo(config: Config, folder: RunFolder) -> None:
+    """Reinforce every supervised start of the run; finished ones are skipped.
+
+    Needs `sft/<start>/`; leaves `grpo/<start>/model/`, checkpoints, examples and metrics.
+    """
+    starts = [s for s in config.prepare.teachers if not folder.stage_done(f"grpo/{s}")]
+    if not starts:
+        return
+    with ray_session(config), MetricLog(folder.root) as record:
+        from rl_ft.actors import start_actors
+
+        model = str(folder.path("sft", starts[0]))
+        worlds, generator = start_actors(config, model, expand(config.scenarios.train))
+        for start in starts:
+            loop = GrpoLoop(config, folder, start, worlds, generator, record)
+            asyncio.run(loop.run())
+            folder.mark_done(f"grpo/{start}")
+        _stop(worlds, generator)
+
+
+class GrpoLoop:
+    """One start's training; `run()` once."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        start: str,
+        worlds: Sequence[Any],
+        generator: Any,
+        record: MetricLog,
+    ) -> None:
+        from rl_ft.actors import BufferActor
+
+        self._config, self._folder, self._record = config, folder, record
+        self._stage = f"grpo/{start}"
+        self._model_path = str(folder.path("sft", start))
+        self._worlds, self._generator = worlds, generator
+        self._buffer = BufferActor.remote()
+        self._health = HealthMonitor(config)
+        self._gate = MismatchGate(config.parity.max_logprob_diff)
+        self._load = LoadSampler()
+        self._renderer = Renderer(
+            self._model_path, max_prompt_length=config.model.max_prompt_length
+        )
+        self._pending: dict[int, dict[str, float]] = {}
+        self._steps_start = time.perf_counter()
+
+    async def run(self) -> None:
+        """Until the last step is trained.
+
+        Raises:
+            ParityError: trainer and sampler disagree.
+            HealthError: a budget of failures is exceeded.
+            RuntimeError: the learner gave up; the cause is its own error.
+        """
+        await self._check_parity()
+        learner = self._start_learner()
+        sequence, ref = 0, None
+        while (published := await self._next_weights(sequence, learner)) is not None:
+            sequence, ref = published
+            started = time.perf_counter()
+            await self._generator.load.remote(ref)
+            sync_s = time.perf_counter() - started
+            if sequence == 1:
+                self._record.rewind(self._stage, ref.version)
+            await self._take_metrics()
+            if ref.version >= self._config.grpo.max_steps:
+                break
+            await self._collect(ref.version, sync_s)
+        await asyncio.wrap_future(learner)
+        await self._take_metrics()
+        assert ref is not None
+        self._save_model(ref)
+
+    async def _collect(self, step: int, sync_s: float) -> None:
+        """The groups of one step, admitted to the buffer."""
+        from rl_ft.actors import RemoteGenerate, RemoteWorlds
+
+        started = time.perf_counter()
+        generate = RemoteGenerate(self._generator, self._config)
+        num_actors = len(self._worlds)
+        quotas = [len(part) for part in _split(self._config.rollout.num_states, num_actors)]
+        parts: list[Collected] = await asyncio.gather(
+            *(
+                collect_groups(
+                    RemoteWorlds(actor),
+                    generate,
+                    self._renderer,
+                    self._config,
+                    quota=quota,
+                    seed=(self._config.seed * 100_003 + step) * 1_000 + i * 100,
+                )
+                for i, (actor, quota) in enumerate(zip(self._worlds, quotas, strict=True))
+            )
+        )
+        groups: list[RolloutGroup] = [group for part in parts for group in part.groups]
+        tally = Tally()
+        for part in parts:
+            tally.add(part.tally)
+        values = metrics(tally) | {
+            "time/sync_s": sync_s,
+            "time/rollout_s": time.perf_counter() - started,
+        }
+        self._health.observe(step, values)
+        self._pending[step + 1] = values
+        self._write_examples([example for part in parts for example in part.examples])
+        await self._buffer.put_groups.remote(step, groups)
+
+    async def _next_weights(
+        self, sequence: int, learner: Future[Any]
+    ) -> tuple[int, WeightsRef] | None:
+        """The next publication; None when the learner has ended without one."""
+        while True:
+            found = await self._buffer.next_weights.remote(sequence, POLL_S)
+            if found is not None:
+                return found
+            await self._take_metrics()
+            if learner.done():
+                learner.result()
+                return None
+
+    async def _take_metrics(self) -> None:
+        """Join the learner's metrics with the rollout's, record them, and look at the gates."""
+        for step, learned in await self._buffer.take_metrics.remote():
+            now = time.perf_counter()
+            values = {
+                **self._pending.pop(step, {}),
+                **learned,
+                **self._load.sample(),
+                "time/train_s": learned["learner/step_s"] - learned["learner/fetch_s"],
+                "time/step_s": now - self._steps_start,
+            }
+            self._steps_start = now
+            self._record.log(self._stage, step, values)
+            log.info(
+                "%s step %d of %d: gain over max-pressure %.1f veh s, strict %.2f, entropy %.3f, "
+                "%.1f s",
+                self._stage,
+                step,
+                self._config.grpo.max_steps,
+                values.get("reward/gain_over_max_pressure_veh_s", float("nan")),
+                values.get("format/strict_share", float("nan")),
+                values["entropy"],
+                values["time/step_s"],
+            )
+            self._gate.observe(step, learned["mismatch/mean_abs_logp_diff"])
+            self._health.observe(step, {"entropy": learned["entropy"]})
+
+    async def _check_parity(self) -> None:
+        """Before anything is trained on: a non-zero change of the weights must arrive."""
+        rows = self._folder.path("data", f"eval_{self._stage.split('/')[1]}.jsonl").open()
+        with rows:
+            messages = [json.loads(line)["messages"] for line in rows]
+        prompts = [
+            self._renderer.prompt_ids(chat) for chat in messages[: self._config.parity.num_prompts]
+        ]
+        report = await self._generator.check_parity.remote(
+            self._model_path,
+            prompts,
+            self._config.grpo.max_completion_length,
+            self._config.parity.max_logprob_diff,
+        )
+        log.info("%s: trainer and sampler agree: %s", self._stage, report)
+
+    def _start_learner(self) -> Future[Any]:
+        """Ray Train in a thread of its own; a daemon, so that a failed run can end."""
+        from rl_ft.actors import LearnerLink
+        from rl_ft.learner import TrainConfig, run_learner
+
+        link = LearnerLink(self._buffer)
+        train_config = TrainConfig(
+            config=self._config.model_dump(mode="json"),
+            model_path=self._model_path,
+            output_dir=str(self._folder.path(self._stage, "checkpoints")),
+            num_groups=self._config.rollout.num_states,
+            fetch=link.fetch,
+            publish=link.publish,
+            on_metrics=link.report,
+        )
+        future: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(
+                    run_learner(
+                        train_config,
+                        storage_path=self._folder.path(self._stage, "ray").absolute(),
+                        num_cpus=self._config.ray.cpus_per_learner,
+                        max_failures=1,
+                    )
+                )
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name="learner", daemon=True).start()
+        return future
+
+    def _write_examples(self, examples: Sequence[dict[str, Any]]) -> None:
+        """The latest decisions at which the answer made a difference, for the report."""
+        telling = [e for e in examples if len(e["cost_veh_s"]) > 1]
+        if telling:
+            file = self._folder.path(self._stage, "examples.json")
+            file.write_text(json.dumps(telling, indent=1), encoding="utf-8")
+
+    def _save_model(self, ref: WeightsRef) -> None:
+        """The last version as an ordinary Hugging Face folder."""
+        import ray
+
+        from rl_ft.weights import fetch, save_folder
+
+        save_folder(fetch(ref, ray.get), self._model_path, self._folder.path(self._stage, "model"))
+
+
+def _split(total: int, parts: int) -> list[range]:
+    share, rest = divmod(total, parts)
+    return [range(share + (i < rest)) for i in range(parts)]
+
+
+def _stop(worlds: Sequence[Any], generator: Any) -> None:
+    import ray
+
+    ray.get([actor.close.remote() for actor in worlds])
+    for actor in (*worlds, generator):
+        ray.kill(actor)

@@ -1,0 +1,185 @@
+"""A few traffic worlds under one roof: each always stands at a decision that is worth asking.
+
+Plain class without Ray. Worlds are driven by a mixture of the policy and classical controllers,
+so that training sees states the policy reaches by itself and states it would not. A world that
+dies is replaced and what depended on it is reported as failed, never scored.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from envs.errors import WorldError
+from envs.scenario import load_scenario
+from envs.types import Decision, Outcome
+from envs.world import World
+from rl_ft.config import BehaviourConfig, Config
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """What to try at a world's current decision: distinct phases, and the one to execute."""
+
+    phases: tuple[int, ...]
+    executed: int | None
+    """The policy's own choice; None if it made none (an invalid answer): the base decides."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tried:
+    """Outcome by phase; or the cause of the world's failure."""
+
+    outcomes: dict[int, Outcome]
+    failure: str | None = None
+    agreed: bool | None = None
+    """The live world equals the branch of the executed action after one interval; None where
+    that action was not branched."""
+
+
+class _Episode:
+    """One world with its scenario, clock and current driver."""
+
+    def __init__(self, world: World, end_s: float) -> None:
+        self.world = world
+        self.end_s = end_s
+        self.driver = "policy"
+        self.driver_until_s = -1.0
+        self.decision: Decision | None = None
+
+
+class WorldPool:
+    """`num_worlds` simulations, advanced one decision at a time.
+
+    `states()` and `settle()` alternate. The seed decides scenarios, drivers and junctions.
+    """
+
+    def __init__(
+        self, config: Config, scenarios: Sequence[str], *, seed: int, num_worlds: int
+    ) -> None:
+        self._config = config
+        self._rollout = config.rollout
+        self._scenarios = tuple(scenarios)
+        self._rngs = [random.Random(f"{seed}/{i}") for i in range(num_worlds)]
+        self._episodes: list[_Episode | None] = [None] * num_worlds
+
+    def pids(self) -> list[int]:
+        """Process ids of the worlds that are running."""
+        return [episode.world.pid for episode in self._episodes if episode]
+
+    def states(self) -> list[Decision | str]:
+        """For every world its next decision that matters, or the cause why there is none."""
+        return [self._state(i) for i in range(len(self._episodes))]
+
+    def _state(self, index: int) -> Decision | str:
+        try:
+            return self._next_decision(index)
+        except WorldError as error:
+            return self._fail(index, error)
+
+    def settle(self, trials: Sequence[Trial | None]) -> list[Tried | None]:
+        """Branch every world's trial, then execute; None for a world without a decision."""
+        return [None if trial is None else self._settle(i, trial) for i, trial in enumerate(trials)]
+
+    def close(self) -> None:
+        """End all worlds."""
+        for i in range(len(self._episodes)):
+            self._end(i)
+
+    def _next_decision(self, index: int) -> Decision:
+        rng = self._rngs[index]
+        while True:
+            episode = self._episodes[index] or self._start(index)
+            time_s, _ = episode.world.time()
+            if time_s >= episode.end_s:
+                self._episodes[index] = self._start(index, episode.world)
+                continue
+            worthy = [d for d in episode.world.decisions() if self._matters(d)]
+            if worthy:
+                episode.decision = rng.choice(worthy)
+                return episode.decision
+            episode.world.drive(self._rollout_base(), time_s + 1)
+
+    def _matters(self, decision: Decision) -> bool:
+        return worth_asking(decision, self._rollout.min_queue_veh)
+
+    def _rollout_base(self) -> str:
+        return self._config.reward.follow
+
+    def _start(self, index: int, world: World | None = None) -> _Episode:
+        rng = self._rngs[index]
+        scenario = load_scenario(rng.choice(self._scenarios))
+        world = world or World(timeout_s=self._rollout.call_timeout_s)
+        length = scenario.end_s - scenario.begin_s
+        offset = rng.uniform(0, max(0.0, length - self._rollout.episode_s))
+        begin_s = scenario.begin_s + offset + self._rollout.warm_up_s
+        episode = _Episode(world, min(scenario.end_s, begin_s + self._rollout.episode_s))
+        self._episodes[index] = episode
+        world.reset(scenario, rng.randrange(1, 2**31))
+        world.drive(rng.choice(("max_pressure", "max_wave")), begin_s)
+        return episode
+
+    def _settle(self, index: int, trial: Trial) -> Tried:
+        episode = self._episodes[index]
+        assert episode is not None
+        assert episode.decision is not None
+        tls_id = episode.decision.junction.tls_id
+        try:
+            outcomes: dict[int, Outcome] = {}
+            if len(trial.phases) > 1:
+                found = episode.world.branch(
+                    [{tls_id: phase} for phase in trial.phases],
+                    self._config.reward.horizon_s,
+                    self._config.reward.follow,
+                )
+                outcomes = dict(zip(trial.phases, found, strict=True))
+            agreed = self._execute(index, episode, trial.executed, outcomes)
+        except WorldError as error:
+            return Tried(outcomes={}, failure=self._fail(index, error))
+        return Tried(outcomes=outcomes, agreed=agreed)
+
+    def _execute(
+        self, index: int, episode: _Episode, executed: int | None, outcomes: dict[int, Outcome]
+    ) -> bool | None:
+        decision = episode.decision
+        assert decision is not None
+        time_s = decision.observation.time_s
+        if time_s >= episode.driver_until_s:
+            behaviour = self._rollout.behaviour
+            episode.driver = draw_driver(behaviour, self._rngs[index])
+            episode.driver_until_s = time_s + behaviour.swap_interval_s
+        if episode.driver != "policy" or executed is None:
+            base = self._rollout_base() if episode.driver == "policy" else episode.driver
+            episode.world.drive(base, time_s + 1)
+            return None
+        tls_id = decision.junction.tls_id
+        outcome = episode.world.play({tls_id: executed}, 1.0, self._rollout_base())
+        if executed not in outcomes:
+            return None
+        return outcome.interval_digest == outcomes[executed].interval_digest
+
+    def _fail(self, index: int, error: WorldError) -> str:
+        log.warning("world %d failed and is replaced: %s", index, error)
+        self._end(index)
+        return error.cause
+
+    def _end(self, index: int) -> None:
+        episode, self._episodes[index] = self._episodes[index], None
+        if episode:
+            episode.world.close()
+
+
+def worth_asking(decision: Decision, min_queue_veh: int) -> bool:
+    """There is a choice, and enough vehicles queue or approach for it to matter."""
+    present = sum(lane.queue_veh + sum(lane.moving_veh) for lane in decision.observation.lanes)
+    return len(decision.legal) > 1 and present >= min_queue_veh
+
+
+def draw_driver(behaviour: BehaviourConfig, rng: random.Random) -> str:
+    """One of the behaviours, with its share."""
+    shares = behaviour.model_dump(exclude={"swap_interval_s"})
+    return rng.choices(list(shares), weights=list(shares.values()))[0]
