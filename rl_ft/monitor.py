@@ -35,6 +35,7 @@ class MetricLog:
 
         root.mkdir(parents=True, exist_ok=True)
         self._file = root / "metrics.jsonl"
+        _drop_torn_line(self._file)
         self._lines = self._file.open("a", encoding="utf-8")
         self._start = time.monotonic()
         self._board = Writer(str(root / "tensorboard"))
@@ -73,7 +74,7 @@ class MetricLog:
         kept = [
             line
             for line in self._file.read_text(encoding="utf-8").splitlines(keepends=True)
-            if line.endswith("\n") and not _is_after(json.loads(line), stage, step)
+            if not _is_after(json.loads(line), stage, step)
         ]
         self._lines.close()
         write_atomically(self._file, "".join(kept))
@@ -160,6 +161,15 @@ def run_log(file: Path, *, console: bool = True) -> Iterator[None]:
 
 def _is_finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
+
+
+def _drop_torn_line(file: Path) -> None:
+    """A process that was killed may have left half a line at the end."""
+    if file.is_file():
+        content = file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            file.write_bytes(whole)
 
 
 def _is_after(line: Mapping[str, Any], stage: str, step: int) -> bool:

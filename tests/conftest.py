@@ -1,0 +1,60 @@
+"""What every test stands on: a quiet environment, one Ray cluster, the smallest real run."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything is imported: threads, network and authentication are settled at import time.
+os.environ |= {
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "COLUMNS": "120",
+}
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rl_ft.config import Config
+from rl_ft.recipe import load_config
+from rl_ft.run_folder import RunFolder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is no CUDA device; nothing else ever is."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def smoke_config() -> Config:
+    """The smallest configuration in which every stage is real."""
+    return load_config("smoke")
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, smoke_config: Config) -> Iterator[RunFolder]:
+    """A started run of the smoke recipe with no stage done."""
+    folder = RunFolder.create(tmp_path / "run", smoke_config, resume=False)
+    yield folder
+    folder.finish("finished")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One private cluster for all tests marked `ray`: starting one takes ten seconds."""
+    from rl_ft.cluster import ray_session
+
+    with ray_session(load_config("smoke")):
+        yield

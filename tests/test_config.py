@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from pydantic import ValidationError
+
+from rl_ft.config import Config, GrpoConfig
+
+
+def test_the_defaults_are_a_valid_configuration():
+    assert Config.model_validate(Config().model_dump()) == Config()
+
+
+def test_a_configuration_survives_json():
+    assert Config.model_validate_json(Config().model_dump_json()) == Config()
+
+
+def test_a_configuration_survives_pickling():
+    assert pickle.loads(pickle.dumps(Config())) == Config()
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValidationError):
+        Config().grpo.max_steps = 3
+
+
+def test_an_unknown_key_is_an_error():
+    with pytest.raises(ValidationError):
+        GrpoConfig.model_validate({"max_step": 3})
+
+
+def test_the_engine_must_have_room_for_prompt_and_completion():
+    with pytest.raises(ValidationError, match="max_model_len is 100"):
+        Config.model_validate({"generation": {"max_model_len": 100}})
