@@ -90,8 +90,8 @@ class City:
     yellow_s: int
     turnarounds: bool
     truck_share: float
-    target_delay_s: float
-    """Mean delay that demand is scaled to under the junction's own fixed plan."""
+    load: float
+    """Share of a lane's saturation flow that the busiest lanes of all greens carry together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,12 +120,12 @@ def draw_city(seed: int) -> City:
         seed=seed,
         crossings=crossings,
         layout="incoming" if rng.random() < 0.12 else "opposites",
-        left_green_s=rng.choices((6, 10, 0), (0.6, 0.2, 0.2))[0],
+        left_green_s=rng.choices((6, 10, 0), (0.65, 0.25, 0.1))[0],
         permissive_left_mps=rng.choices((19.44, 12.0), (0.8, 0.2))[0],
         yellow_s=rng.choice((3, 3, 4, 5)),
         turnarounds=turnarounds,
         truck_share=round(rng.uniform(0.0, 0.08), 3),
-        target_delay_s=round(math.exp(rng.uniform(math.log(20.0), math.log(48.0))), 1),
+        load=round(rng.uniform(0.28, 0.46), 3),
     )
 
 
@@ -167,7 +167,7 @@ def _paths(
 def _draw_bearings(rng: random.Random) -> list[float]:
     """Bearings of 3 to 5 arms, clockwise; arms 0 and 2 are the main road."""
     base = rng.uniform(0.0, 360.0)
-    num = rng.choices((3, 4, 5), (0.34, 0.6, 0.06))[0]
+    num = rng.choices((3, 4, 5), (0.32, 0.64, 0.04))[0]
     if num == 3 and rng.random() < 0.7:
         steps, jitter = [0.0, 90.0, 180.0], 16.0
         if rng.random() < 0.5:
@@ -262,15 +262,17 @@ def _draw_lanes(
     rng: random.Random, num_arms: int, main: tuple[int, int], main_lanes: int
 ) -> list[int]:
     """Lanes at the stop line of each arm; the two arms of a main road resemble each other."""
-    style = rng.choices(("even", "ranked", "small"), (0.35, 0.55, 0.1))[0]
+    style = rng.choices(("even", "ranked", "small"), (0.4, 0.55, 0.05))[0]
     if main_lanes:
         style = "ranked"
     if style == "even":
         return [2] * num_arms
-    wide = main_lanes or {"ranked": rng.choices((1, 2, 3), (0.1, 0.55, 0.35))[0], "small": 1}[style]
+    wide = (
+        main_lanes or {"ranked": rng.choices((1, 2, 3), (0.07, 0.58, 0.35))[0], "small": 1}[style]
+    )
     lanes = []
     for i in range(num_arms):
-        narrow = 1 if style == "small" else rng.choices((1, 2), (0.55, 0.45))[0]
+        narrow = 1 if style == "small" else rng.choices((1, 2), (0.4, 0.6))[0]
         lanes.append(wide if i in main else min(narrow, wide + 1))
     return lanes
 

@@ -7,6 +7,9 @@ like is drawn in `envs.city`.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -18,18 +21,13 @@ from pathlib import Path
 
 from envs.city import HOUR_S, SLICE_S, City, Crossing, Stream, draw_city, is_link, streams
 from envs.errors import UserError
+from envs.program import SATURATION_VPH, plan_signals
 from envs.types import Scenario
 
-DELAY_BOUNDS_S = (12.0, 60.0)
+DELAY_BOUNDS_S = (14.0, 60.0)
 """Mean delay that a generated city may have under its own fixed plan."""
 MAX_TRIES = 4
 MIN_EXIT_M = 90.0
-MIN_GREEN_S = 6.0
-SATURATION_VPH = 1800.0
-PLANNED_LOAD = 0.6
-"""Degree of saturation that the cycle of the fixed plan is made for."""
-START_LOAD = 0.38
-"""Degree of saturation from which the search for the right demand starts."""
 MIN_PROBABILITY = 2e-5
 """Flows of fewer vehicles a second are left out."""
 TOOL_TIMEOUT_S = 120.0
@@ -40,16 +38,26 @@ ROUTES_NAME = "city.rou.xml"
 
 def generate(seed: int, directory: Path) -> Scenario:
     """The scenario of a seed, built into `directory` unless it is already there."""
-    home = directory / f"generated-{seed}"
+    shelf = directory / fingerprint()
+    home = shelf / f"generated-{seed}"
     if not home.is_dir():
-        directory.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".generated-{seed}-", dir=directory))
+        shelf.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".generated-{seed}-", dir=shelf))
         try:
             _build(draw_city(seed), aside)
             _publish(aside, home)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return _scenario(seed, home)
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Name of this way to generate: another one (code or SUMO) never finds the files of this."""
+    digest = hashlib.sha256(importlib.metadata.version("eclipse-sumo").encode())
+    for name in ("city.py", "program.py", "generator.py"):
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def _publish(aside: Path, home: Path) -> None:
@@ -102,8 +110,8 @@ def _build(city: City, folder: Path) -> None:
     """Network, fixed plan and demand whose load is in bounds."""
     net, routes = folder / NET_NAME, folder / ROUTES_NAME
     _build_network(city, net)
-    critical_vph = _plan_signals(city, net)
-    _build_demand(city, net, routes, START_LOAD * SATURATION_VPH / critical_vph)
+    critical_vph = plan_signals(city, net)
+    _build_demand(city, net, routes, city.load * SATURATION_VPH / critical_vph)
 
 
 # Network
@@ -203,92 +211,29 @@ def _add_connections(city: City, connections: ET.Element, c: int, crossing: Cros
                 ET.SubElement(connections, "connection", ends | lanes)
 
 
-# The net's own program
-
-
-def _plan_signals(city: City, net: Path) -> float:
-    """Give each green of the fixed plan time in proportion to its busiest lane (Webster's rule).
-
-    netconvert writes equal greens; a city would have counted its traffic first. Returns the
-    vehicles per hour of the busiest lanes of all greens, for the busiest junction.
-    """
-    tree = ET.parse(net)
-    root = tree.getroot()
-    lane_vph = _lane_volumes(city)
-    busiest_vph = 0.0
-    for logic in root.iter("tlLogic"):
-        lanes = {
-            int(c.get("linkIndex", "")): (f"{c.get('from')}_{c.get('fromLane')}")
-            for c in root.iter("connection")
-            if c.get("tl") == logic.get("id")
-        }
-        phases = list(logic)
-        greens = [p for p in phases if not set(p.get("state", "")) & set("yYu")]
-        shares = _critical_volumes([p.get("state", "") for p in greens], lanes, lane_vph)
-        lost_s = sum(float(p.get("duration", "0")) for p in phases if p not in greens)
-        busiest_vph = max(busiest_vph, sum(shares))
-        cycle_s = min(100.0, max(50.0, (1.5 * lost_s + 5.0) / (1.0 - PLANNED_LOAD)))
-        spare_s = cycle_s - lost_s - MIN_GREEN_S * len(greens)
-        for phase, share in zip(greens, shares, strict=True):
-            green_s = MIN_GREEN_S + max(0.0, spare_s) * share / max(1.0, sum(shares))
-            phase.set("duration", f"{round(green_s)}")
-    tree.write(net, encoding="UTF-8", xml_declaration=True)
-    return busiest_vph
-
-
-def _lane_volumes(city: City) -> dict[str, float]:
-    """Vehicles per hour on every lane at a stop line; a movement spreads evenly over its lanes."""
-    volumes: dict[str, float] = {}
-    for stream in streams(city):
-        a = stream.entry[1]
-        for crossing, to_arm in stream.path:
-            moves = city.crossings[crossing].arms[a].movements
-            lanes = next(m.lanes for m in moves if m.to_arm == to_arm)
-            for lane, _ in lanes:
-                name = f"in{crossing}_{a}_0_{lane}"
-                volumes[name] = volumes.get(name, 0.0) + stream.rate_vph / len(lanes)
-            a = 0
-    return volumes
-
-
-def _critical_volumes(
-    states: list[str], lanes: dict[int, str], lane_vph: dict[str, float]
-) -> list[float]:
-    """For each green the largest lane volume among the lanes it serves, shared between greens."""
-    served = [{lanes[i] for i, light in enumerate(s) if light in "Gg"} for s in states]
-    times = {lane: sum(lane in lanes_ for lanes_ in served) for lane in lane_vph}
-    return [
-        max((lane_vph.get(x, 0.0) / times.get(x, 1) for x in own), default=0.0) for own in served
-    ]
-
-
 # Demand
 
 
 def _build_demand(city: City, net: Path, routes: Path, scale: float) -> None:
-    """Scale the drawn demand until the mean delay under the fixed plan is as drawn.
+    """Write the drawn demand, scaled where the delay under the fixed plan is out of bounds.
 
-    Stops at the first try near the target and in `DELAY_BOUNDS_S`; otherwise the try that came
-    closest stays.
+    Of at most `MAX_TRIES` the one nearest to the bounds stays.
     """
+    low_s, high_s = DELAY_BOUNDS_S
+    low, high = 0.0, math.inf
     tried: list[tuple[float, float]] = []
-    low, high = DELAY_BOUNDS_S
-    bracket = [0.05, 10.0]
-    for _ in range(MAX_TRIES):
+    while len(tried) < MAX_TRIES:
         _write_demand(city, routes, scale)
         delay_s = _measure_delay(net, routes)
-        error = abs(math.log(delay_s / city.target_delay_s))
-        tried.append((error, scale))
-        if error < 0.3 and low <= delay_s <= high:
+        tried.append((max(low_s / delay_s, delay_s / high_s), scale))
+        if low_s <= delay_s <= high_s:
             return
-        bracket[0 if delay_s < city.target_delay_s else 1] = scale
-        step = (city.target_delay_s / delay_s) ** 0.45
-        scale = scale * min(1.8, max(0.55, step))
-        if not bracket[0] < scale < bracket[1]:
-            scale = sum(bracket) / 2.0
-    best = min(tried)[1]
-    if best != tried[-1][1]:
-        _write_demand(city, routes, best)
+        if delay_s < low_s:
+            low, scale = scale, min(scale * 1.4, (scale + high) / 2.0)
+        else:
+            step = max(0.7, (high_s / delay_s) ** 0.3 - 0.1)
+            high, scale = scale, max(scale * step, (low + scale) / 2.0)
+    _write_demand(city, routes, min(tried)[1])
 
 
 def _write_demand(city: City, routes: Path, scale: float) -> None:

@@ -47,7 +47,7 @@ _RANGE = re.compile(r"generated:(\d+)-(\d+)")
 def default_cache_dir() -> Path:
     """Where generated scenarios are kept between runs."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "rl-ft" / "scenarios" / "v1"
+    return Path(base) / "rl-ft" / "scenarios"
 
 
 def load_scenario(name: str, *, cache_dir: Path | None = None) -> Scenario:
