@@ -1,0 +1,232 @@
+"""The learner: builds the trainer from the configuration and runs it under Ray Train.
+
+One optimiser step = one weights version. Checkpoints hold the whole trainer state (weights,
+optimiser, schedule, random state), appear whole or not at all, and a restarted worker goes on from
+the newest. Groups come in and weights go out through plain callables; where they lead is not the
+learner's business. TRL is imported only when a trainer is built.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from envs.errors import UserError
+from rl_ft.config import Config
+
+if TYPE_CHECKING:
+    from ray.train import Result
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import GRPOConfig
+
+    from rl_ft.trainer import Fetch, OnMetrics, PackedGRPOTrainer, Publish
+
+SHARED_WITH_TRL = (
+    "max_steps",
+    "num_generations",
+    "max_completion_length",
+    "temperature",
+    "learning_rate",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "adam_beta2",
+    "weight_decay",
+    "max_grad_norm",
+    "loss_type",
+    "importance_sampling_level",
+    "epsilon",
+    "epsilon_high",
+    "beta",
+    "entropy_coef",
+    "gradient_checkpointing",
+    "save_steps",
+)
+"""Fields of `config.grpo` that are handed to TRL under the same name."""
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class TrainConfig(TypedDict):
+    """What the worker needs; travels through Ray, so it holds plain values and callables."""
+
+    config: dict[str, Any]
+    """`Config.model_dump()`."""
+    model_path: str
+    """Hugging Face folder that training starts from, also when it is resumed."""
+    output_dir: str
+    """Checkpoints; on storage that every node sees."""
+    num_groups: int
+    fetch: Fetch
+    publish: Publish
+    on_metrics: OnMetrics
+
+
+def grpo_args(config: Config, *, output_dir: str | Path, num_groups: int) -> GRPOConfig:
+    """TRL's arguments: names that `config.grpo` shares with TRL mean what TRL says they mean."""
+    import torch
+
+    from rl_ft.trainer import GRPOConfig
+
+    grpo = config.grpo
+    num_micro_batches = math.ceil(num_groups / grpo.groups_per_micro_batch)
+    groups_per_micro_batch = math.ceil(num_groups / num_micro_batches)
+    on_gpu = torch.cuda.is_available()
+    return GRPOConfig(
+        output_dir=str(output_dir),
+        seed=config.seed,
+        per_device_train_batch_size=groups_per_micro_batch * grpo.num_generations,
+        gradient_accumulation_steps=num_micro_batches,
+        **{name: getattr(grpo, name) for name in SHARED_WITH_TRL},
+        use_cpu=not on_gpu,
+        bf16=on_gpu and config.model.dtype == "bfloat16",
+        ddp_backend=torch.distributed.get_backend() if torch.distributed.is_initialized() else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=False,
+        save_strategy="steps",
+        logging_steps=1,
+        # A NaN must be seen, not averaged away.
+        logging_nan_inf_filter=False,
+        # The clock has no data to skip; the random state is restored either way.
+        ignore_data_skip=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def build_trainer(
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    output_dir: str | Path,
+    fetch: Fetch,
+    publish: Publish,
+    on_metrics: OnMetrics,
+    num_groups: int,
+    on_checkpoint: Callable[[Path], None] | None = None,
+) -> PackedGRPOTrainer:
+    """A trainer over `model`, which must hold the weights that training starts from.
+
+    `publish` is called once when training begins (version 0, or the resumed checkpoint's), so that
+    the sampler can never be behind, and then after every optimiser step.
+    """
+    from transformers import PrinterCallback
+
+    from rl_ft.trainer import PackedGRPOTrainer, lora_adapter
+
+    trainer = PackedGRPOTrainer(
+        model=model,
+        args=grpo_args(config, output_dir=output_dir, num_groups=num_groups),
+        processing_class=tokenizer,
+        fetch=fetch,
+        publish=publish,
+        on_metrics=on_metrics,
+        on_checkpoint=on_checkpoint,
+        peft_config=None if config.model.lora is None else lora_adapter(config.model.lora),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def load_model(
+    model_path: str | Path, config: Config
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a Hugging Face folder (or id), ready to be packed."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(model_path),
+            dtype=getattr(torch, config.model.dtype),
+            attn_implementation="sdpa",
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(model_path))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{model_path} is not a Hugging Face model folder with a causal language model and its "
+            f"tokenizer ({str(error).splitlines()[0]}); check model.name_or_path."
+        ) from error
+    return model, tokenizer
+
+
+def latest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The checkpoint with the highest step; a folder that was not finished has another name."""
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        return None
+    steps = {int(m[1]): p for p in folder.iterdir() if (m := CHECKPOINT.fullmatch(p.name))}
+    return steps[max(steps)] if steps else None
+
+
+def train_loop(train_config: TrainConfig) -> None:
+    """What a Ray Train worker runs: build, resume if there is a checkpoint, train to the end."""
+    import ray.train
+    import torch
+    from ray.train.v2.api.report_config import CheckpointUploadMode
+    from transformers.utils.logging import disable_progress_bar
+
+    config = Config.model_validate(train_config["config"])
+    torch.set_num_threads(config.ray.torch_threads)
+    disable_progress_bar()
+    model, tokenizer = load_model(train_config["model_path"], config)
+    last: dict[str, float] = {}
+
+    def on_metrics(step: int, metrics: dict[str, float]) -> None:
+        last.update(metrics, step=step)
+        train_config["on_metrics"](step, metrics)
+
+    def on_checkpoint(path: Path) -> None:
+        # It already lies where the run keeps its checkpoints: Ray only has to know about it.
+        ray.train.report(
+            dict(last),
+            checkpoint=ray.train.Checkpoint.from_directory(path),
+            checkpoint_dir_name=path.name,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    trainer = build_trainer(
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        output_dir=train_config["output_dir"],
+        fetch=train_config["fetch"],
+        publish=train_config["publish"],
+        on_metrics=on_metrics,
+        num_groups=train_config["num_groups"],
+        on_checkpoint=on_checkpoint,
+    )
+    resume_from = latest_checkpoint(train_config["output_dir"])
+    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+
+
+def run_learner(
+    train_config: TrainConfig,
+    *,
+    storage_path: str | Path,
+    num_cpus: float,
+    max_failures: int,
+    name: str = "learner",
+) -> Result:
+    """Train in one Ray Train worker to the end; restart it up to `max_failures` times if it dies.
+
+    Blocks. Raises `ray.train.TrainingFailedError` with the worker's cause when it gives up.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config=dict(train_config),
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": num_cpus}),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(storage_path),
+            failure_config=FailureConfig(max_failures=max_failures),
+        ),
+    )
+    return trainer.fit()
