@@ -78,19 +78,20 @@ class GeneratorService:
 
     def load_folder(self, model_path: str) -> None:
         """Answer with the weights of a model folder of the same architecture, as version 0."""
-        from rl_ft.parity import read_state_dict
+        from rl_ft.weights import read_folder
 
-        self._generator.load_weights(read_state_dict(model_path), 0)
+        self._generator.load_weights(read_folder(model_path), 0)
 
     def check_parity(
         self, model_path: str, prompts: Sequence[Sequence[int]], max_tokens: int, bound: float
     ) -> Any:
         """The gate before training: a non-zero change must arrive, and the original come back."""
         from rl_ft import parity
+        from rl_ft.weights import read_folder
 
         return parity.check(
             self._generator,
-            parity.read_state_dict(model_path),
+            read_folder(model_path),
             model_path,
             prompts,
             max_tokens=max_tokens,

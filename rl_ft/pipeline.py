@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from envs.errors import UserError
+from rl_ft.cluster import ray_session
 from rl_ft.config import Config
 from rl_ft.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
+ON_RAY = ("sft", "grpo", "evaluate")
+"""Stages that open a Ray session when they run alone."""
+
 
 def run_all(config: Config, folder: RunFolder) -> None:
-    """Every stage from `prepare` to `report` that is not done yet."""
-    for stage in STAGES:
-        if folder.stage_done(stage):
-            log.info("%s: done already", stage)
-        else:
+    """Every stage from `prepare` to `report` that is not done yet, in one Ray session."""
+    with ExitStack() as session:
+        for stage in STAGES:
+            if folder.stage_done(stage):
+                log.info("%s: done already", stage)
+                continue
+            if stage in ON_RAY:
+                session.enter_context(ray_session(config))
             run_stage(stage, config, folder)
 
 
@@ -49,7 +57,8 @@ def _prepare(config: Config, folder: RunFolder) -> None:
 def _sft(config: Config, folder: RunFolder) -> None:
     from rl_ft.sft import train_sft
 
-    train_sft(config, folder)
+    with ray_session(config):
+        train_sft(config, folder)
 
 
 def _grpo(config: Config, folder: RunFolder) -> None:

@@ -93,6 +93,19 @@ def save_folder(state_dict: Mapping[str, Tensor], like: str | Path, directory: s
     partial.replace(target)
 
 
+def read_folder(model_path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a model folder; a tied head is there as the embeddings it equals."""
+    from safetensors.torch import load_file
+
+    expected = checkpoint_shapes(model_path)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(Path(model_path).glob("*.safetensors")):
+        tensors |= load_file(file)
+    if HEAD in expected:
+        tensors.setdefault(HEAD, tensors[EMBEDDINGS])
+    return tensors
+
+
 def checkpoint_shapes(model_path: str | Path) -> dict[str, Shape]:
     """Name and shape of every tensor of a model folder, read from the safetensors headers.
 
