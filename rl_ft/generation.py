@@ -73,6 +73,8 @@ class Generator:
         With a seed (or `generation.reproducible`), a prompt's answers do not depend on what else is
         in the batch. Log-probs are the model's own, at temperature 1.
         """
+        if temperature == 0 and num_samples > 1:
+            raise ValueError(f"greedy answers are all the same, but {num_samples} were asked for")
         self._num_calls += 1
         if seed is None and self._reproducible:
             seed = hash((self._seed, self._num_calls))

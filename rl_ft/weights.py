@@ -1,7 +1,8 @@
 """A version of the policy on its way from the learner to a sampler, verified on arrival.
 
 What travels are the full, merged tensors as numpy arrays under one digest; how they travel is the
-caller's `put` and `get` (Ray's object store). This module keeps no copy and no history.
+caller's `put` and `get` (Ray's object store). Model folders are read and written
+here too. This module keeps no copy and no history.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def save_folder(state_dict: Mapping[str, Tensor], like: str | Path, directory: s
     """
     from safetensors.torch import save_file
 
+    check_complete({n: tuple(t.shape) for n, t in state_dict.items()}, checkpoint_shapes(like))
     source, target = Path(like), Path(directory)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
