@@ -93,6 +93,14 @@ class City:
     load: float
     """Share of a lane's saturation flow that the busiest lanes of all greens carry together."""
 
+    def is_link(self, arm: int) -> bool:
+        """Whether arm `arm` of a crossing is the road to the other crossing."""
+        return len(self.crossings) == 2 and arm == 0
+
+    def exit_edge(self, crossing: int, arm: int) -> str:
+        """Id of the edge by which one leaves a crossing through an arm."""
+        return f"in{1 - crossing}_0_0" if self.is_link(arm) else f"out{crossing}_{arm}_0"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stream:
@@ -125,7 +133,7 @@ def draw_city(seed: int) -> City:
         yellow_s=rng.choice((3, 3, 4, 5)),
         turnarounds=turnarounds,
         truck_share=round(rng.uniform(0.0, 0.08), 3),
-        load=round(rng.uniform(0.28, 0.46), 3),
+        load=round(rng.uniform(0.3, 0.5), 3),
     )
 
 
@@ -147,17 +155,12 @@ def streams(city: City) -> tuple[Stream, ...]:
     return tuple(found)
 
 
-def is_link(city: City, arm: int) -> bool:
-    """Whether arm `arm` of a crossing is the road to the other crossing."""
-    return len(city.crossings) == 2 and arm == 0
-
-
 def _paths(
     city: City, crossing: int, arm: int
 ) -> Iterator[tuple[tuple[tuple[int, int], ...], float]]:
     for movement in city.crossings[crossing].arms[arm].movements:
         step = (crossing, movement.to_arm)
-        if is_link(city, movement.to_arm) and not is_link(city, arm):
+        if city.is_link(movement.to_arm) and not city.is_link(arm):
             for rest, share in _paths(city, 1 - crossing, 0):
                 yield (step, *rest), movement.share * share
         else:

@@ -19,13 +19,13 @@ import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from envs.city import HOUR_S, SLICE_S, City, Crossing, Stream, draw_city, is_link, streams
+from envs.city import HOUR_S, SLICE_S, City, Crossing, Stream, draw_city, streams
 from envs.errors import UserError
-from envs.program import SATURATION_VPH, plan_signals
+from envs.program import SATURATION_VPH, plan_signals, write_actuated
 from envs.types import Scenario
 
-DELAY_BOUNDS_S = (14.0, 60.0)
-"""Mean delay that a generated city may have under its own fixed plan."""
+DELAY_BOUNDS_S = (12.0, 42.0)
+"""Mean delay that a generated city may have when its signals are actuated."""
 MAX_TRIES = 4
 MIN_EXIT_M = 90.0
 MIN_PROBABILITY = 2e-5
@@ -123,7 +123,7 @@ def _build_network(city: City, net: Path) -> None:
         _add_node(nodes, f"c{c}", crossing.x_m, crossing.y_m, type="traffic_light", tl=f"c{c}")
         nodes[-1].set("tlLayout", city.layout)
         for a in range(len(crossing.arms)):
-            if not is_link(city, a):
+            if not city.is_link(a):
                 _add_arm(nodes, edges, c, a, crossing)
         _add_connections(city, connections, c, crossing)
     if len(city.crossings) == 2:
@@ -203,8 +203,7 @@ def _exit_edges(crossing: Crossing, c: int, a: int) -> list[str]:
 def _add_connections(city: City, connections: ET.Element, c: int, crossing: Crossing) -> None:
     for a, arm in enumerate(crossing.arms):
         for movement in arm.movements:
-            leaves_by_link = is_link(city, movement.to_arm)
-            target = f"in{1 - c}_0_0" if leaves_by_link else f"out{c}_{movement.to_arm}_0"
+            target = city.exit_edge(c, movement.to_arm)
             for from_lane, to_lane in movement.lanes:
                 ends = {"from": f"in{c}_{a}_0", "to": target}
                 lanes = {"fromLane": str(from_lane), "toLane": str(to_lane)}
@@ -215,7 +214,7 @@ def _add_connections(city: City, connections: ET.Element, c: int, crossing: Cros
 
 
 def _build_demand(city: City, net: Path, routes: Path, scale: float) -> None:
-    """Write the drawn demand, scaled where the delay under the fixed plan is out of bounds.
+    """Write the drawn demand, scaled where the delay of an actuated plan is out of bounds.
 
     Of at most `MAX_TRIES` the one nearest to the bounds stays.
     """
@@ -274,7 +273,7 @@ def _edges(city: City, stream: Stream) -> list[str]:
     pieces = range(len(city.crossings[c].arms[a].segments_m))
     edges = [f"in{c}_{a}_{s}" for s in reversed(pieces)]
     for crossing, to_arm in stream.path:
-        if is_link(city, to_arm):
+        if city.is_link(to_arm):
             edges.append(f"in{1 - crossing}_0_0")
         else:
             edges += _exit_edges(city.crossings[crossing], crossing, to_arm)
@@ -282,13 +281,15 @@ def _edges(city: City, stream: Stream) -> list[str]:
 
 
 def _measure_delay(net: Path, routes: Path) -> float:
-    """Mean seconds lost per vehicle in one hour of the fixed plan, waiting to enter included."""
+    """Mean seconds lost per vehicle in one hour of an actuated plan, waiting to enter included."""
     with tempfile.TemporaryDirectory() as scratch:
-        trips = Path(scratch) / "trips.xml"
+        trips, actuated = Path(scratch) / "trips.xml", Path(scratch) / "actuated.add.xml"
+        write_actuated(net, actuated)
         _run_tool(
             "sumo",
             f"--net-file={net}",
             f"--route-files={routes}",
+            f"--additional-files={actuated}",
             f"--end={HOUR_S}",
             "--seed=1",
             "--time-to-teleport=-1",

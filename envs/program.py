@@ -16,6 +16,8 @@ SATURATION_VPH = 1800.0
 PLANNED_LOAD = 0.6
 """Degree of saturation that the cycle is made for."""
 MIN_GREEN_S = 6.0
+GIVE_WAY_WEIGHT = 0.35
+"""Share of a protected green's capacity that a left has while it gives way."""
 CYCLE_BOUNDS_S = (50.0, 100.0)
 
 
@@ -26,7 +28,7 @@ def plan_signals(city: City, net: Path) -> float:
     """
     tree = ET.parse(net)
     root = tree.getroot()
-    lane_vph = _lane_volumes(city)
+    link_vph = _link_volumes(city)
     critical_vph = 0.0
     for logic in root.iter("tlLogic"):
         links = {
@@ -34,12 +36,29 @@ def plan_signals(city: City, net: Path) -> float:
             for link in root.iter("connection")
             if link.get("tl") == logic.get("id")
         }
+        junction = logic.get("id", "")
         if city.left_green_s > 0 and city.layout == "opposites":
-            _add_left_phases(logic, links, _foes(root, logic.get("id", "")))
-        critical_vph = max(critical_vph, _set_greens(logic, links, lane_vph))
+            _add_left_phases(logic, links, _requests(root, junction, "foes"))
+        _yield_in_greens(logic, _requests(root, junction, "response"))
+        critical_vph = max(critical_vph, _set_greens(logic, links, link_vph))
     ET.indent(root)
     tree.write(net, encoding="UTF-8", xml_declaration=True)
     return critical_vph
+
+
+def write_actuated(net: Path, additional: Path) -> None:
+    """The programs of the network once more, with greens that last while vehicles come."""
+    root = ET.Element("additional")
+    for logic in ET.parse(net).getroot().iter("tlLogic"):
+        name = logic.get("id", "")
+        copy = ET.SubElement(
+            root, "tlLogic", id=name, type="actuated", programID="actuated", offset="0"
+        )
+        for phase in logic:
+            state, duration = phase.get("state", ""), phase.get("duration", "")
+            bounds = {"minDur": "5", "maxDur": "50"} if is_green(state) else {}
+            ET.SubElement(copy, "phase", {"duration": duration, "state": state, **bounds})
+    ET.ElementTree(root).write(additional)
 
 
 def is_green(state: str) -> bool:
@@ -51,10 +70,31 @@ def _approach(link: ET.Element) -> str:
     return link.get("from", "")
 
 
-def _foes(root: ET.Element, junction: str) -> list[str]:
-    """For each link of a junction a string that has 1 where the other link crosses it."""
+def _requests(root: ET.Element, junction: str, kind: str) -> list[str]:
+    """For each link of a junction a string with 1 at the links of a kind.
+
+    `foes` are links that it crosses, `response` those of them that it gives way to.
+    """
     node = next(j for j in root.iter("junction") if j.get("id") == junction)
-    return [request.get("foes", "")[::-1] for request in node.iter("request")]
+    return [request.get(kind, "")[::-1] for request in node.iter("request")]
+
+
+def _yield_in_greens(logic: ET.Element, responses: list[str]) -> None:
+    """Of two crossing links that both have right of way the one that must respond gives way.
+
+    netconvert misses this where a junction of five arms has two lefts on one approach.
+    """
+    for phase in logic:
+        state = phase.get("state", "")
+        phase.set(
+            "state",
+            "".join(
+                "g"
+                if light == "G" and any(state[j] == "G" and r == "1" for j, r in enumerate(row))
+                else light
+                for light, row in zip(state, responses, strict=True)
+            ),
+        )
 
 
 def _add_left_phases(logic: ET.Element, links: dict[int, ET.Element], foes: list[str]) -> None:
@@ -110,12 +150,12 @@ def _left_state(state: str, lefts: set[int], links: dict[int, ET.Element]) -> st
 
 
 def _set_greens(
-    logic: ET.Element, links: dict[int, ET.Element], lane_vph: dict[str, float]
+    logic: ET.Element, links: dict[int, ET.Element], link_vph: dict[str, float]
 ) -> float:
     """Green times in proportion to the busiest lane of each green (Webster's rule); their sum."""
     greens = [phase for phase in logic if is_green(phase.get("state", ""))]
     lost_s = sum(float(phase.get("duration", "0")) for phase in logic if phase not in greens)
-    volumes = _critical_volumes([phase.get("state", "") for phase in greens], links, lane_vph)
+    volumes = _critical_volumes([phase.get("state", "") for phase in greens], links, link_vph)
     low_s, high_s = CYCLE_BOUNDS_S
     cycle_s = min(high_s, max(low_s, (1.5 * lost_s + 5.0) / (1.0 - PLANNED_LOAD)))
     spare_s = max(0.0, cycle_s - lost_s - MIN_GREEN_S * len(greens))
@@ -126,20 +166,29 @@ def _set_greens(
 
 
 def _critical_volumes(
-    states: list[str], links: dict[int, ET.Element], lane_vph: dict[str, float]
+    states: list[str], links: dict[int, ET.Element], link_vph: dict[str, float]
 ) -> list[float]:
-    """For each green the volume of its busiest lane; a lane served twice is split in halves."""
-    names = {i: f"{_approach(link)}_{link.get('fromLane')}" for i, link in links.items()}
-    served = [{names[i] for i, light in enumerate(s) if light in "Gg"} for s in states]
-    times = {lane: sum(lane in lanes for lanes in served) for lane in names.values()}
-    return [
-        max((lane_vph.get(lane, 0.0) / times[lane] for lane in lanes), default=0.0)
-        for lanes in served
-    ]
+    """For each green the volume of its busiest lane.
+
+    A link served by several greens is split between them, most to those in which it need not
+    give way.
+    """
+    weight = {"G": 1.0, "g": GIVE_WAY_WEIGHT}
+    total = {i: sum(weight.get(state[i], 0.0) for state in states) for i in links}
+    critical = []
+    for state in states:
+        lanes: dict[str, float] = {}
+        for i, link in links.items():
+            lane = f"{_approach(link)}_{link.get('fromLane')}"
+            share = weight.get(state[i], 0.0) / max(total[i], GIVE_WAY_WEIGHT)
+            volume = link_vph.get(f"{lane}>{link.get('to')}", 0.0)
+            lanes[lane] = lanes.get(lane, 0.0) + volume * share
+        critical.append(max(lanes.values()))
+    return critical
 
 
-def _lane_volumes(city: City) -> dict[str, float]:
-    """Vehicles per hour on every lane at a stop line; a movement spreads evenly over its lanes."""
+def _link_volumes(city: City) -> dict[str, float]:
+    """Vehicles per hour by `lane>edge` at a stop line; a movement spreads evenly over its lanes."""
     volumes: dict[str, float] = {}
     for stream in streams(city):
         a = stream.entry[1]
@@ -147,7 +196,7 @@ def _lane_volumes(city: City) -> dict[str, float]:
             moves = city.crossings[c].arms[a].movements
             lanes = next(m.lanes for m in moves if m.to_arm == to_arm)
             for lane, _ in lanes:
-                name = f"in{c}_{a}_0_{lane}"
+                name = f"in{c}_{a}_0_{lane}>{city.exit_edge(c, to_arm)}"
                 volumes[name] = volumes.get(name, 0.0) + stream.rate_vph / len(lanes)
             a = 0
     return volumes
