@@ -1,0 +1,88 @@
+"""A small real model and ragged groups of completions that it could have sampled.
+
+Shared by the tests of packing, batch, trainer and learner.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from rl_ft.config import Config, TinyModelConfig
+from rl_ft.types import Completion, RolloutGroup
+
+TINY = TinyModelConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    head_dim=16,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
+GROUP_SIZE = 4
+
+
+def config(**grpo) -> Config:
+    """The defaults with a small group and these changes to `grpo`."""
+    settings = {
+        "num_generations": GROUP_SIZE,
+        "groups_per_micro_batch": 100,
+        "max_steps": 1,
+        "warmup_steps": 0,
+        "max_grad_norm": 1e9,
+        "lr_scheduler_type": "constant",
+        "max_completion_length": 9,
+        **grpo,
+    }
+    return Config.model_validate({"grpo": settings, "ray": {"torch_threads": 1}})
+
+
+def completion(rng: random.Random, length: int) -> Completion:
+    return Completion(
+        token_ids=tuple(rng.randrange(5, 200) for _ in range(length)),
+        logprobs=tuple(rng.uniform(-7.5, -6.0) for _ in range(length)),
+        text="",
+        finish_reason="stop",
+        weights_version=0,
+    )
+
+
+def ragged_groups(
+    num_groups: int = 5, *, seed: int = 0, masked: Sequence[tuple[int, int]] = ()
+) -> list[RolloutGroup]:
+    """Prompts of 3 to 20 tokens, completions of 1 to 9; `masked` names (group, row) that failed."""
+    rng = random.Random(seed)
+    groups = []
+    for number in range(num_groups):
+        prompt = tuple(rng.randrange(5, 200) for _ in range(rng.randint(3, 20)))
+        valid = tuple((number, row) not in masked for row in range(GROUP_SIZE))
+        advantages = tuple(rng.gauss(0, 1) if ok else 0.0 for ok in valid)
+        groups.append(
+            RolloutGroup(
+                group_id=f"group {number}",
+                prompt_ids=prompt,
+                completions=tuple(completion(rng, rng.randint(1, 9)) for _ in valid),
+                rewards=advantages,
+                advantages=advantages,
+                valid=valid,
+            )
+        )
+    return groups
+
+
+def model_folder(parent: Path) -> Path:
+    """A small model whose weights are large enough for log-probs to differ between tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rl_ft.tiny import build_tiny
+
+    folder = build_tiny(parent / "model", config=TINY, seed=1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,286 @@
+"""Contract with TRL: same batch, same loss, same gradient, for every loss type."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from grpo_case import GROUP_SIZE, config, model_folder, ragged_groups
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+
+from envs.errors import UserError
+from rl_ft.batch import collate
+from rl_ft.learner import build_trainer, grpo_args, load_model
+from rl_ft.trainer import LOSS_TYPES, GRPOTrainer, full_state_dict
+
+MASKED = [(0, 1), (3, 0), (3, 2)]
+PER_ROW = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+PER_ROW += ("advantages", "old_per_token_logps")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("trainer"))
+
+
+class Gradients(TrainerCallback):
+    """Copies the gradient that the optimiser is about to use."""
+
+    def on_pre_optimizer_step(self, *_, model, **__):
+        self.vector = torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+        ).clone()
+
+
+class StockTrainer(GRPOTrainer):
+    """TRL as it is, except that it is handed a batch; rows that failed are not in it."""
+
+    def __init__(self, groups, **kwargs):
+        from datasets import Dataset
+
+        super().__init__(
+            reward_funcs=lambda **_: [],
+            train_dataset=Dataset.from_dict({"prompt": [""] * 64}),
+            **kwargs,
+        )
+        self._groups = groups
+
+    def _generate_and_score_completions(self, inputs):
+        batch = collate(self._groups, pad_token_id=0)
+        alive = [ok for group in self._groups for ok in group.valid]
+        batch |= {name: batch[name][alive] for name in PER_ROW}
+        if self.beta:
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+            with torch.no_grad():
+                batch["ref_per_token_logps"] = self._get_per_token_logps_and_entropies(
+                    self.ref_model, ids, mask, batch["completion_ids"].shape[1]
+                )[0]
+        return batch
+
+    def log(self, logs, start_time=None):
+        if "grad_norm" in logs:
+            self.logged = {**logs, **{k: v[-1] for k, v in self._metrics["train"].items()}}
+
+
+def stock(folder, groups, tmp_path, **grpo):
+    """Loss, gradient and metrics of stock TRL: one batch, unpacked."""
+    conf = config(**grpo)
+    model, tokenizer = load_model(folder, conf)
+    gradients = Gradients()
+    trainer = StockTrainer(
+        groups,
+        model=model,
+        args=grpo_args(conf, output_dir=tmp_path / "stock", num_groups=len(groups)),
+        processing_class=tokenizer,
+        callbacks=[gradients],
+    )
+    trainer.args.save_strategy = SaveStrategy.NO
+    trainer.train()
+    return trainer.logged["loss"], gradients.vector, trainer.logged
+
+
+def packed(folder, groups, tmp_path, **grpo):
+    """Loss, gradient and metrics of the learner."""
+    conf = config(**grpo)
+    model, tokenizer = load_model(folder, conf)
+    gradients, logged = Gradients(), {}
+    trainer = build_trainer(
+        model=model,
+        tokenizer=tokenizer,
+        config=conf,
+        output_dir=tmp_path / "packed",
+        fetch=lambda _: groups,
+        publish=lambda *_: None,
+        on_metrics=lambda _, metrics: logged.update(metrics),
+        num_groups=len(groups),
+    )
+    trainer.add_callback(gradients)
+    trainer.args.save_strategy = SaveStrategy.NO
+    trainer.train()
+    return logged.get("loss"), gradients.vector, logged
+
+
+def near_the_policy(folder, groups, spread=0.4):
+    """The same groups as if a policy some steps away had sampled them, so that ratios clip."""
+    import random
+    from dataclasses import replace
+
+    rng = random.Random(1)
+    model, _ = load_model(folder, config())
+    near = []
+    for group in groups:
+        completions = []
+        for answer in group.completions:
+            ids = torch.tensor([group.prompt_ids + answer.token_ids])
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, len(group.prompt_ids) - 1 : -1]
+            scores = torch.log_softmax(logits, -1)[range(len(answer.token_ids)), answer.token_ids]
+            noisy = tuple(score + rng.gauss(0, spread) for score in scores.tolist())
+            completions.append(replace(answer, logprobs=noisy))
+        near.append(replace(group, completions=tuple(completions)))
+    return near
+
+
+@pytest.fixture(scope="module")
+def groups(folder):
+    return near_the_policy(folder, ragged_groups())
+
+
+@pytest.fixture(scope="module")
+def masked_groups(folder):
+    return near_the_policy(folder, ragged_groups(masked=MASKED))
+
+
+def assert_same(ours, theirs):
+    assert ours[0] == pytest.approx(theirs[0], abs=2e-6)
+    assert (ours[1] - theirs[1]).norm() <= 1e-5 * theirs[1].norm()
+    assert theirs[1].norm() > 1e-4
+
+
+def test_the_list_of_loss_types_is_that_of_trl():
+    import inspect
+
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    branches = re.findall(r"self\.loss_type (?:==|in) (\[[^\]]*\]|\"\w+\")", source)
+    assert set(re.findall(r"\w+", " ".join(branches))) == LOSS_TYPES
+
+
+@pytest.mark.parametrize("loss_type", sorted(LOSS_TYPES))
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_loss_and_gradient_are_those_of_stock_trl(folder, groups, tmp_path, loss_type, level):
+    settings = {"loss_type": loss_type, "importance_sampling_level": level}
+    settings["epsilon_high"] = 1.3 if loss_type == "cispo" else 0.28
+    ours = packed(folder, groups, tmp_path, **settings)
+    theirs = stock(folder, groups, tmp_path, **settings)
+    assert_same(ours, theirs)
+    if "clip_ratio/region_mean" in theirs[2]:
+        assert theirs[2]["clip_ratio/region_mean"] > 0.05
+        for name in ("clip_ratio/low_mean", "clip_ratio/high_mean"):
+            assert ours[2][name] == pytest.approx(theirs[2][name], abs=1e-6)
+    assert ours[2]["entropy"] == pytest.approx(theirs[2]["entropy"], abs=1e-4)
+
+
+@pytest.mark.parametrize("loss_type", sorted(LOSS_TYPES))
+def test_failed_rows_and_micro_batches_change_nothing(folder, masked_groups, tmp_path, loss_type):
+    """Stock TRL sees one batch that the failed rows are not in."""
+    settings = {"loss_type": loss_type, "entropy_coef": 0.05}
+    theirs = stock(folder, masked_groups, tmp_path, **settings)
+    for groups_per_micro_batch in (100, 2):
+        settings["groups_per_micro_batch"] = groups_per_micro_batch
+        ours = packed(folder, masked_groups, tmp_path, **settings)
+        assert_same(ours, theirs)
+        assert ours[2]["entropy"] == pytest.approx(theirs[2]["entropy"], abs=1e-4)
+
+
+def test_a_micro_batch_in_which_all_failed_changes_nothing(folder, tmp_path):
+    groups = near_the_policy(folder, ragged_groups(masked=[(0, r) for r in range(GROUP_SIZE)]))
+    for loss_type in ("grpo", "bnpo", "dapo"):
+        settings = {"loss_type": loss_type, "groups_per_micro_batch": 1, "entropy_coef": 0.05}
+        without = packed(folder, groups[1:], tmp_path, **settings)
+        assert_same(packed(folder, groups, tmp_path, **settings), without)
+
+
+def test_the_entropy_bonus_is_trls(folder, groups, tmp_path):
+    plain = packed(folder, groups, tmp_path)
+    bonus = packed(folder, groups, tmp_path, entropy_coef=0.1)
+    assert_same(bonus, stock(folder, groups, tmp_path, entropy_coef=0.1))
+    assert bonus[0] == pytest.approx(plain[0] - 0.1 * plain[2]["entropy"], abs=1e-5)
+    assert (bonus[1] - plain[1]).norm() > 1e-3 * plain[1].norm()
+
+
+def test_the_kl_term_is_trls_once_the_policy_has_left_its_reference(folder, groups, tmp_path):
+    settings = {"beta": 0.3, "learning_rate": 1e-2, "max_steps": 3}
+    ours = packed(folder, groups, tmp_path, **settings)
+    theirs = stock(folder, groups, tmp_path, **settings)
+    assert ours[2]["kl"] == pytest.approx(theirs[2]["kl"], rel=1e-3)
+    assert ours[2]["kl"] > 1e-3
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-3)
+
+
+def test_a_nan_stops_the_step_and_changes_nothing(folder, groups, tmp_path):
+    conf = config()
+    model, tokenizer = load_model(folder, conf)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = build_trainer(
+        model=model,
+        tokenizer=tokenizer,
+        config=conf,
+        output_dir=tmp_path,
+        fetch=lambda _: groups,
+        publish=lambda *_: None,
+        on_metrics=lambda *_: None,
+        num_groups=len(groups),
+    )
+    with pytest.raises(FloatingPointError, match="step 0"):
+        trainer.train()
+    after = model.state_dict()
+    assert all(torch.equal(before[n].nan_to_num(), after[n].nan_to_num()) for n in before)
+
+
+def test_an_unknown_loss_type_is_refused(folder, groups, tmp_path):
+    with pytest.raises(UserError, match=r"grpo\.loss_type is 'ppo'"):
+        packed(folder, groups, tmp_path, loss_type="ppo")
+
+
+def test_the_state_dict_has_the_head_when_it_is_tied():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            tie_word_embeddings=True,
+        )
+    )
+    state = full_state_dict(model)
+    assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+
+
+def rank_main(rank, world_size, port, folder, groups, out, settings):
+    """One of two ranks, each with its share of the groups."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    for number, grpo in enumerate(settings):
+        loss, gradient, logged = packed(folder, groups[rank], Path(out) / str(number), **grpo)
+        if rank == 0:
+            torch.save((loss, gradient, logged["entropy"]), Path(out) / f"{number}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_take_the_step_of_one(folder, masked_groups, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    shares = [masked_groups[:2], masked_groups[2:4]]
+    settings = [
+        {"loss_type": loss_type, "groups_per_micro_batch": 1, "entropy_coef": 0.05}
+        for loss_type in ("dapo", "cispo", "grpo", "bnpo")
+    ]
+    torch.multiprocessing.spawn(
+        rank_main, args=(2, port, folder, shares, str(tmp_path), settings), nprocs=2
+    )
+    for number, grpo in enumerate(settings):
+        loss, gradient, entropy = torch.load(tmp_path / f"{number}.pt")
+        one = packed(folder, masked_groups[:4], tmp_path, **grpo)
+        assert_same((loss, gradient), one)
+        assert entropy == pytest.approx(one[2]["entropy"], abs=1e-4)
