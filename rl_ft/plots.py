@@ -1,0 +1,266 @@
+"""The report's pictures: inline SVG whose text and lines follow the page's light or dark theme.
+
+Every policy has one colour and one name everywhere. Figures are small, one fact each, so that a
+page can flow them on a phone. No global matplotlib state is touched; nothing is read or written.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Placeholders that `_svg` turns into CSS variables: SVG inside a page inherits them.
+INK, MUTED, GRID = "#010203", "#040506", "#070809"
+_THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)"}
+
+_COLOURS = {
+    "fixed": "#8b93a1",
+    "random": "#b4bac4",
+    "actuated": "#6f7f8f",
+    "max_pressure": "#d98a00",
+    "max_wave": "#c2542f",
+    "lookahead": "#2f9e6e",
+    "sft:max_pressure": "#86b4ee",
+    "grpo:max_pressure": "#2f6fde",
+    "sft:lookahead": "#c9a3ea",
+    "grpo:lookahead": "#8a45d0",
+}
+_OTHERS = ("#1699a8", "#d0518f", "#7c8c2b", "#a0673c")
+_NAMES = {
+    "fixed": "fixed program",
+    "max_pressure": "max-pressure",
+    "max_wave": "max-wave",
+    "lookahead": "lookahead (bound)",
+}
+_WIDTH_IN = 4.4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bar:
+    """One policy on one scenario: the mean with its interval, and what every seed gave."""
+
+    policy: str
+    mean: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+    gridlocks: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """A paired difference with its interval, labelled by what it was measured on."""
+
+    label: str
+    policy: str
+    mean: float
+    low: float
+    high: float
+
+
+def colour(policy: str) -> str:
+    """The policy's colour, readable on white and on near-black."""
+    known = _COLOURS.get(policy)
+    return known or _OTHERS[sum(policy.encode()) % len(_OTHERS)]
+
+
+def label(policy: str) -> str:
+    """The policy's name as a person says it."""
+    kind, _, start = policy.partition(":")
+    if start and kind in ("sft", "grpo"):
+        return f"{kind.upper()} from {start.replace('_', '-')}"
+    return _NAMES.get(policy, policy.rstrip("/").rsplit("/", 1)[-1].replace("_", "-"))
+
+
+def delay_bars(bars: Sequence[Bar], *, name: str) -> str:
+    """Mean delay per policy, whiskers for its interval, a dot per seed; the shorter the better.
+
+    A bar beyond two and a half times the typical one is cut and says its number, so that one
+    gridlock does not flatten the rest.
+    """
+    means = sorted(bar.mean for bar in bars)
+    cut = 2.5 * means[(len(means) - 1) // 2]
+    end = 1.18 * min(cut, max(max(bar.mean, *bar.values) for bar in bars))
+    figure, axes = _figure(0.27 * len(bars) + 0.5)
+    for y, bar in enumerate(bars):
+        axes.barh(y, min(bar.mean, end), height=0.66, color=colour(bar.policy), linewidth=0)
+        axes.plot(bar.values, [y] * len(bar.values), "o", ms=2.6, color=INK, alpha=0.4, mew=0)
+        if bar.low > float("-inf"):
+            axes.plot([max(0.0, bar.low), bar.high], [y, y], color=INK, lw=1.3)
+        reach = max(bar.mean, bar.high if bar.high < float("inf") else bar.mean, *bar.values)
+        text = f"{bar.mean:.1f}" + (f"  gridlock {bar.gridlocks}x" if bar.gridlocks else "")
+        inside = reach > 0.8 * end
+        axes.annotate(
+            f"{text} \N{RIGHTWARDS ARROW}" if bar.mean > end else text,
+            (end if inside else reach, y),
+            xytext=(-4 if inside else 5, 0),
+            textcoords="offset points",
+            ha="right" if inside else "left",
+            va="center",
+            color=INK,
+            fontsize=8,
+            fontweight="bold" if bar.gridlocks else "normal",
+        )
+    axes.set_xlim(0, end)
+    axes.set_yticks(range(len(bars)), [label(bar.policy) for bar in bars])
+    axes.invert_yaxis()
+    axes.grid(axis="x", color=GRID, lw=0.6)
+    axes.set_xlabel("mean delay, s per vehicle")
+    return _svg(figure, name, f"Mean delay of {len(bars)} policies")
+
+
+def differences(rows: Sequence[Difference], *, name: str, xlabel: str) -> str:
+    """Intervals of paired differences around zero; left of zero is better."""
+    groups = list(dict.fromkeys(row.label for row in rows))
+    policies = list(dict.fromkeys(row.policy for row in rows))
+    figure, axes = _figure(0.2 * len(groups) * len(policies) + 0.16 * len(groups) + 0.5)
+    for row in rows:
+        offset = (policies.index(row.policy) - (len(policies) - 1) / 2) * 0.3
+        y = groups.index(row.label) + offset
+        hue = colour(row.policy)
+        if abs(row.low) < float("inf"):
+            axes.plot([row.low, row.high], [y, y], color=hue, lw=2, solid_capstyle="round")
+        axes.plot([row.mean], [y], "o", color=hue, ms=5.5, mew=0)
+    axes.axvline(0, color=MUTED, lw=1)
+    _clip_to_means(axes, rows)
+    axes.set_yticks(range(len(groups)), groups)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.grid(axis="x", color=GRID, lw=0.6)
+    axes.set_xlabel(xlabel)
+    return _svg(figure, name, f"Differences in delay on {len(groups)} scenarios")
+
+
+def curve(
+    series: Mapping[str, Sequence[tuple[int, float]]],
+    *,
+    name: str,
+    title: str,
+    log: bool = False,
+    share: bool = False,
+) -> str:
+    """One metric over steps, a line per policy: measured thin, smoothed thick."""
+    figure, axes = _figure(2.15)
+    for policy, points in series.items():
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        hue = colour(policy)
+        axes.plot(steps, values, color=hue, lw=0.8, alpha=0.35)
+        axes.plot(steps, smooth(values), color=hue, lw=2)
+    if log:
+        axes.set_yscale("log")
+    if share:
+        from matplotlib.ticker import PercentFormatter
+
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(-0.03, low - 0.02), min(1.03, high + 0.02))
+    axes.grid(color=GRID, lw=0.6)
+    axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
+    axes.set_xlabel("optimiser step")
+    return _svg(figure, name, f"{title} over optimiser steps")
+
+
+def stage_bar(rows: Mapping[str, Mapping[str, float]], *, name: str) -> str:
+    """Seconds of a typical step by stage, one stacked bar per policy."""
+    stages = list(dict.fromkeys(stage for parts in rows.values() for stage in parts))
+    figure, axes = _figure(0.42 * len(rows) + 0.55, width=9.0)
+    for y, parts in enumerate(rows.values()):
+        left = 0.0
+        for stage, seconds in parts.items():
+            hue = stage_colour(stages.index(stage))
+            axes.barh(y, seconds, left=left, height=0.62, color=hue, linewidth=0)
+            if seconds > 0.05 * max(sum(p.values()) for p in rows.values()):
+                axes.annotate(
+                    f"{seconds:.2g}",
+                    (left + seconds / 2, y),
+                    ha="center",
+                    va="center",
+                    color="#ffffff",
+                    fontsize=8.5,
+                )
+            left += seconds
+    axes.set_yticks(range(len(rows)), [label(policy) for policy in rows])
+    axes.invert_yaxis()
+    axes.grid(axis="x", color=GRID, lw=0.6)
+    axes.set_xlabel("seconds of a step (median)")
+    return _svg(figure, name, "Time of a step by stage")
+
+
+def stage_colour(index: int) -> str:
+    """The colour of the n-th stage of a step."""
+    palette = ("#4d7ea8", "#2f6fde", "#2f9e6e", "#8a45d0", "#d98a00", "#8b93a1")
+    return palette[index % len(palette)]
+
+
+def smooth(values: Sequence[float], *, span: int = 8) -> list[float]:
+    """Exponential mean over about `span` values, unbiased at the start."""
+    decay, total, weight, out = 1 - 2 / (span + 1), 0.0, 0.0, []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        out.append(total / weight)
+    return out
+
+
+def _clip_to_means(axes: Axes, rows: Sequence[Difference]) -> None:
+    """One huge interval must not flatten the others: show three times the typical reach."""
+    reach = sorted(
+        max(abs(row.mean), *(abs(x) for x in (row.low, row.high) if abs(x) < float("inf")))
+        if abs(row.low) < float("inf")
+        else abs(row.mean)
+        for row in rows
+    )
+    limit = 3 * reach[(len(reach) - 1) // 2]
+    low, high = axes.get_xlim()
+    if limit > 0:
+        axes.set_xlim(max(low, -limit), min(high, limit))
+
+
+def _figure(height_in: float, *, width: float = _WIDTH_IN) -> tuple[Figure, Axes]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[str, Any] = {
+        "font.size": 8.5,
+        "text.color": INK,
+        "axes.labelcolor": MUTED,
+        "axes.edgecolor": GRID,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.axisbelow": True,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.labelcolor": MUTED,
+        "ytick.labelcolor": INK,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "ytick.minor.size": 0,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height_in), layout="constrained")
+        return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an SVG element: themed, with ids of its own, as wide as its place."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for placeholder, variable in _THEME.items():
+        svg = svg.replace(placeholder, variable)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would apply to the whole page
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
+    svg = re.sub(r"(\bid=\"|url\(#|href=\"#)", rf"\g<1>{name}-", svg)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
