@@ -10,15 +10,16 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from envs.city import City, streams
+from envs.signals import green_states
 
 SATURATION_VPH = 1800.0
 """Vehicles per hour of green on one lane."""
-PLANNED_LOAD = 0.6
+PLANNED_LOAD = 0.7
 """Degree of saturation that the cycle is made for."""
 MIN_GREEN_S = 6.0
 GIVE_WAY_WEIGHT = 0.35
 """Share of a protected green's capacity that a left has while it gives way."""
-CYCLE_BOUNDS_S = (50.0, 100.0)
+CYCLE_BOUNDS_S = (60.0, 110.0)
 
 
 def plan_signals(city: City, net: Path) -> float:
@@ -63,7 +64,7 @@ def write_actuated(net: Path, additional: Path) -> None:
 
 def is_green(state: str) -> bool:
     """Whether a signal state is a green phase, not a change between two."""
-    return bool(set(state) & set("Gg")) and not set(state) & set("yYu")
+    return bool(green_states([state]))
 
 
 def _approach(link: ET.Element) -> str:

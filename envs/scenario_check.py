@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from envs.errors import UserError
+from envs.signals import green_states
 from envs.types import Scenario
 
 NUM_CHECKED = 500
@@ -114,10 +115,9 @@ def _check_net(path: str) -> set[str]:
         if element.tag == "edge":
             edges.add(element.get("id", ""))
         elif element.tag == "tlLogic":
-            states = {phase.get("state", "") for phase in element.iter("phase")}
-            num = sum(bool(set(s) & set("Gg")) and not set(s) & set("yYu") for s in states)
+            states = [phase.get("state", "") for phase in element.iter("phase")]
             name = element.get("id", "")
-            greens[name] = max(num, greens.get(name, 0))
+            greens[name] = max(len(green_states(states)), greens.get(name, 0))
     if not edges:
         raise UserError(
             f"The network {path} must be one that netconvert writes, but it has no edge."
@@ -144,10 +144,10 @@ def _check_routes(scenario: Scenario, path: str, edges: set[str]) -> bool:
             checked += bool(named)
             for edge in named:
                 if edge not in edges:
-                    owner = element.get("id", "")
+                    owner = f"{element.tag} {element.get('id', '')}".strip()
                     raise UserError(
-                        f"The {element.tag} {owner!r} of {path} uses edge {edge!r}, which is not "
-                        f"in the network {scenario.net_file}: these files do not belong together."
+                        f"A {owner} of {path} uses edge {edge!r}, which is not in the network "
+                        f"{scenario.net_file}: these files do not belong together."
                     )
         times = _departures(element)
         if times and times[0] < scenario.end_s and times[-1] >= scenario.begin_s:

@@ -1,0 +1,409 @@
+"""Scenarios: generated cities are sound and repeatable, users are told what is wrong."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import re
+import subprocess
+import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from envs import generator, scenario
+from envs.city import draw_city, streams
+from envs.errors import UserError
+from envs.program import is_green
+from envs.scenario import expand, load_scenario, scenario_names, validate_scenario
+from envs.types import Scenario
+
+SEEDS = range(1, 9)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("scenarios")
+
+
+@pytest.fixture(scope="module")
+def cities(cache) -> dict[int, Scenario]:
+    return {seed: load_scenario(f"generated:{seed}", cache_dir=cache) for seed in SEEDS}
+
+
+@pytest.fixture
+def files(cities, tmp_path) -> tuple[Path, Path]:
+    """A user's own network and routes, free to be broken."""
+    net, routes = tmp_path / "my.net.xml", tmp_path / "my.rou.xml"
+    net.write_bytes(Path(cities[1].net_file).read_bytes())
+    routes.write_bytes(Path(cities[1].route_files[0]).read_bytes())
+    return net, routes
+
+
+def programs(net_file: str) -> list[list[str]]:
+    """Signal states of every program of a network."""
+    root = ET.parse(net_file).getroot()
+    return [[phase.get("state", "") for phase in logic] for logic in root.iter("tlLogic")]
+
+
+def write_config(folder: Path, text: str) -> str:
+    path = folder / "my.sumocfg"
+    path.write_text(f"<configuration>{text}</configuration>")
+    return str(path)
+
+
+def complaint(name: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_scenario(name)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Generated cities
+
+
+def test_same_seed_gives_the_same_bytes_elsewhere(cities, tmp_path):
+    again = generator.generate(3, tmp_path)
+    for ours, theirs in (
+        (again.net_file, cities[3].net_file),
+        (again.route_files[0], cities[3].route_files[0]),
+    ):
+        assert Path(ours).read_bytes() == Path(theirs).read_bytes()
+
+
+def test_every_generated_city_is_valid(cities):
+    for city in cities.values():
+        validate_scenario(city)
+        assert (city.kind, city.begin_s, city.end_s) == ("generated", 0.0, 3600.0)
+
+
+def test_every_generated_signal_has_two_greens_or_more(cities):
+    for city in cities.values():
+        for states in programs(city.net_file):
+            assert len({state for state in states if is_green(state)}) >= 2
+
+
+def test_generated_cities_differ(cities):
+    shapes = {str(programs(city.net_file)) for city in cities.values()}
+    assert len(shapes) == len(cities)
+
+
+def test_seeds_divisible_by_six_have_two_junctions(cities):
+    assert {seed: len(programs(city.net_file)) for seed, city in cities.items()} == {
+        seed: 2 if seed % 6 == 0 else 1 for seed in SEEDS
+    }
+
+
+def test_no_green_turns_red_without_yellow(cities):
+    for city in cities.values():
+        for states in programs(city.net_file):
+            for before, after in zip(states, states[1:] + states[:1], strict=True):
+                pairs = set(zip(before, after, strict=True))
+                assert not pairs & {("G", "r"), ("g", "r"), ("r", "y")}
+
+
+def test_links_with_right_of_way_never_cross(cities):
+    for city in cities.values():
+        root = ET.parse(city.net_file).getroot()
+        for logic in root.iter("tlLogic"):
+            node = next(j for j in root.iter("junction") if j.get("id") == logic.get("id"))
+            response = [r.get("response", "")[::-1] for r in node.iter("request")]
+            for phase in logic:
+                green = [i for i, light in enumerate(phase.get("state", "")) if light == "G"]
+                assert not [(i, j) for i in green for j in green if response[i][j] == "1"]
+
+
+def test_some_greens_open_only_a_part_of_a_lane(cities):
+    """Lock-in lives here: the first vehicle of the lane may want the other part."""
+    mixed = 0
+    for city in cities.values():
+        root = ET.parse(city.net_file).getroot()
+        for logic in root.iter("tlLogic"):
+            links = [c for c in root.iter("connection") if c.get("tl") == logic.get("id")]
+            for phase in logic:
+                state = phase.get("state", "")
+                lanes: dict[tuple[str | None, str | None], set[bool]] = {}
+                for link in links:
+                    lane = (link.get("from"), link.get("fromLane"))
+                    opened = state[int(link.get("linkIndex", ""))] in "Gg"
+                    lanes.setdefault(lane, set()).add(opened)
+                mixed += is_green(state) and {True, False} in lanes.values()
+    assert mixed > 0
+
+
+def test_shares_of_an_arm_sum_to_one_and_no_vehicle_is_lost():
+    for seed in range(1, 41):
+        city = draw_city(seed)
+        for crossing in city.crossings:
+            for arm in crossing.arms:
+                assert sum(m.share for m in arm.movements) == pytest.approx(1.0)
+                assert sum(arm.profile) / len(arm.profile) == pytest.approx(1.0)
+        entering = sum(arm.rate_vph for crossing in city.crossings for arm in crossing.arms)
+        assert sum(stream.rate_vph for stream in streams(city)) == pytest.approx(entering)
+
+
+def test_concurrent_callers_get_one_complete_city(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        made = set(pool.map(lambda _: generator.generate(2, tmp_path), range(4)))
+    assert len(made) == 1
+    assert [p.name for p in (tmp_path / generator.fingerprint()).iterdir()] == ["generated-2"]
+
+
+def test_cached_city_is_not_built_again(cities, cache, monkeypatch):
+    monkeypatch.setattr(generator, "draw_city", lambda _: pytest.fail("drawn again"))
+    assert load_scenario("generated:1", cache_dir=cache) == cities[1]
+
+
+def test_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(generator, "sumo_tool", lambda _: "/bin/false")
+    with pytest.raises(RuntimeError, match="netconvert failed"):
+        generator.generate(1, tmp_path)
+    assert not list((tmp_path / generator.fingerprint()).iterdir())
+
+
+def test_demand_out_of_bounds_is_scaled_until_it_fits(tmp_path, monkeypatch):
+    measured = []
+    measure = generator._measure_delay
+    monkeypatch.setattr(
+        generator, "_measure_delay", lambda *a: measured.append(measure(*a)) or measured[-1]
+    )
+    monkeypatch.setattr(generator, "draw_city", lambda s: replace(draw_city(s), load=0.75))
+    generator.generate(2, tmp_path)
+    low_s, high_s = generator.DELAY_BOUNDS_S
+    assert measured[0] > high_s
+    assert len(measured) == generator.MAX_TRIES or low_s <= measured[-1] <= high_s
+    assert measured[-1] < measured[0]
+
+
+def test_too_little_demand_is_scaled_up(tmp_path, monkeypatch):
+    measured = []
+    measure = generator._measure_delay
+    monkeypatch.setattr(
+        generator, "_measure_delay", lambda *a: measured.append(measure(*a)) or measured[-1]
+    )
+    monkeypatch.setattr(generator, "draw_city", lambda s: replace(draw_city(s), load=0.08))
+    generator.generate(2, tmp_path)
+    assert measured[-1] > measured[0]
+
+
+def test_simulation_seed_changes_the_vehicles(cities, tmp_path):
+    counts = set()
+    for seed in (1, 2):
+        trips = tmp_path / f"{seed}.xml"
+        subprocess.run(
+            [
+                generator.sumo_tool("sumo"),
+                *("-n", cities[1].net_file, "-r", cities[1].route_files[0]),
+                *("--seed", str(seed), "--end", "600", "--tripinfo-output", str(trips)),
+                *("--no-step-log", "--no-warnings"),
+            ],
+            check=True,
+        )
+        counts.add(tuple(re.findall(r'depart="([\d.]+)"', trips.read_text())))
+    assert len(counts) == 2
+
+
+def test_missing_simulator_names_its_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="eclipse-sumo"):
+        generator.sumo_tool("netconvert")
+
+
+def test_cache_follows_the_user_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert scenario.default_cache_dir() == tmp_path / "rl-ft" / "scenarios"
+
+
+# Names
+
+
+def test_ranges_are_expanded_in_place():
+    assert expand(["generated:1-3", "resco:cologne1", "generated:7"]) == (
+        "generated:1",
+        "generated:2",
+        "generated:3",
+        "resco:cologne1",
+        "generated:7",
+    )
+
+
+@pytest.mark.parametrize("name", ["generated:5-1", "generated:1-99999"])
+def test_ranges_that_make_no_sense_are_refused(name):
+    with pytest.raises(UserError, match=name):
+        expand([name])
+
+
+@pytest.mark.parametrize(
+    "name", ["generated:a", "generated:-1", "generated:", "generated:1-3", "generated:9999999999"]
+)
+def test_generated_wants_one_seed(name):
+    assert "one seed" in complaint(name)
+
+
+@pytest.mark.parametrize("name", ["nonsense:1", "cologne1", "", "my.net.xml"])
+def test_unknown_kind_lists_what_there_is(name):
+    message = complaint(name)
+    assert "generated:<seed>" in message
+    assert "resco:<map>" in message
+
+
+# RESCO
+
+
+def test_installed_maps_are_listed_and_valid():
+    names = scenario_names()
+    assert names[0] == "generated:<seed>"
+    assert len(names) == 9
+    for name in names[1:]:
+        validate_scenario(load_scenario(name))
+
+
+def test_maps_run_in_their_own_window_and_rhythm():
+    cologne, arterial = load_scenario("resco:cologne1"), load_scenario("resco:arterial4x4")
+    assert (cologne.begin_s, cologne.end_s) == (25200.0, 28800.0)
+    assert (cologne.timing.decision_interval_s, cologne.timing.yellow_s) == (10, 3)
+    assert (arterial.timing.decision_interval_s, arterial.timing.yellow_s) == (5, 2)
+
+
+def test_unknown_map_lists_the_known_ones():
+    assert "cologne1" in complaint("resco:berlin")
+
+
+def test_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "pip install 'rl-ft[resco]'" in complaint("resco:cologne1")
+    assert scenario_names() == ("generated:<seed>",)
+
+
+def test_incomplete_package_is_noticed(monkeypatch, tmp_path):
+    monkeypatch.setattr(scenario, "_resco_root", lambda: tmp_path)
+    assert "no complete map cologne1" in complaint("resco:cologne1")
+
+
+# The user's own files
+
+
+def test_network_and_routes_run_while_vehicles_depart(files):
+    net, routes = files
+    loaded = load_scenario(f"{net},{routes}")
+    assert loaded.kind == "user"
+    assert (loaded.net_file, loaded.route_files) == (str(net), (str(routes),))
+    assert (loaded.begin_s, loaded.end_s) == (0.0, 3601.0)
+
+
+def test_configuration_is_read_relative_to_its_folder(files, tmp_path):
+    (tmp_path / "extra.add.xml").write_text("<additional/>")
+    name = write_config(
+        tmp_path,
+        '<input><net-file value="my.net.xml"/><route-files value="my.rou.xml"/>'
+        '<additional-files value="extra.add.xml"/></input>'
+        '<time><begin value="0:05:00"/><end value="900"/><step-length value="0.5"/></time>',
+    )
+    loaded = load_scenario(name)
+    assert loaded.net_file == str(tmp_path / "my.net.xml")
+    assert loaded.additional_files == (str(tmp_path / "extra.add.xml"),)
+    assert (loaded.begin_s, loaded.end_s, loaded.step_length_s) == (300.0, 900.0, 0.5)
+
+
+def test_zipped_files_are_read(files, tmp_path):
+    zipped = []
+    for path in files:
+        zipped.append(tmp_path / f"{path.name}.gz")
+        zipped[-1].write_bytes(gzip.compress(path.read_bytes()))
+    assert load_scenario(f"{zipped[0]},{zipped[1]}").end_s == 3601.0
+
+
+def test_missing_files_are_named(files, tmp_path):
+    net, routes = files
+    assert "gone.rou.xml" in complaint(f"{net},{tmp_path}/gone.rou.xml")
+    assert "gone.net.xml" in complaint(f"{tmp_path}/gone.net.xml,{routes}")
+    assert "gone.sumocfg does not exist" in complaint(f"{tmp_path}/gone.sumocfg")
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_broken_xml_is_named(files, broken):
+    files[broken].write_text("<net><edge id='a'>")
+    message = complaint(f"{files[0]},{files[1]}")
+    assert files[broken].name in message
+    assert "not readable XML" in message
+
+
+def test_broken_archive_is_named(files, tmp_path):
+    zipped = tmp_path / "my.net.xml.gz"
+    zipped.write_text("no archive")
+    assert "not readable XML" in complaint(f"{zipped},{files[1]}")
+
+
+def test_broken_configuration_is_named(tmp_path):
+    assert "not readable XML" in complaint(write_config(tmp_path, "<input>"))
+
+
+def test_configuration_without_files_is_refused(tmp_path):
+    assert "one net-file" in complaint(write_config(tmp_path, ""))
+
+
+def test_configuration_with_a_strange_time_is_refused(files, tmp_path):
+    for text in ("noon", "1:30"):
+        name = write_config(
+            tmp_path,
+            '<net-file value="my.net.xml"/><route-files value="my.rou.xml"/>'
+            f'<begin value="{text}"/>',
+        )
+        assert f"{text!r}" in complaint(name)
+
+
+def test_window_that_ends_before_it_begins_is_refused(cities):
+    with pytest.raises(UserError, match="not after its begin"):
+        validate_scenario(replace(cities[1], begin_s=10.0, end_s=10.0))
+
+
+def test_network_that_is_none_is_refused(files):
+    files[0].write_text("<routes/>")
+    assert "has no edge" in complaint(f"{files[0]},{files[1]}")
+
+
+def test_network_without_signals_is_refused(files):
+    text = re.sub(r"<tlLogic.*?</tlLogic>", "", files[0].read_text(), flags=re.DOTALL)
+    files[0].write_text(text)
+    assert "no traffic light" in complaint(f"{files[0]},{files[1]}")
+
+
+def test_network_whose_signals_have_no_choice_is_refused(files):
+    text = re.sub(r'state="[GgryYu]+"', 'state="GG"', files[0].read_text())
+    files[0].write_text(text)
+    assert "two green phases" in complaint(f"{files[0]},{files[1]}")
+
+
+@pytest.mark.parametrize(
+    ("demand", "edge"),
+    [
+        ('<vehicle id="v" depart="1"><route edges="in0_0_0 nowhere"/></vehicle>', "nowhere"),
+        ('<trip id="t" depart="1" from="elsewhere" to="in0_0_0"/>', "elsewhere"),
+        ('<flow id="f" begin="0" end="9" number="3" from="in0_0_0" to="gone"/>', "gone"),
+    ],
+)
+def test_routes_of_another_network_are_refused(files, demand, edge):
+    files[1].write_text(f"<routes>{demand}</routes>")
+    message = complaint(f"{files[0]},{files[1]}")
+    assert f"edge '{edge}'" in message
+    assert "do not belong together" in message
+
+
+def test_routes_without_a_vehicle_are_refused(files):
+    files[1].write_text('<routes><route id="r" edges="in0_0_0"/></routes>')
+    assert "there is none" in complaint(f"{files[0]},{files[1]}")
+
+
+def test_demand_outside_the_window_is_refused(cities):
+    with pytest.raises(UserError, match="No vehicle"):
+        validate_scenario(replace(cities[1], begin_s=5000.0, end_s=6000.0))
+
+
+def test_broken_additional_file_is_refused(cities, tmp_path):
+    broken = tmp_path / "broken.add.xml"
+    broken.write_text("<additional>")
+    with pytest.raises(UserError, match=r"broken\.add\.xml"):
+        validate_scenario(replace(cities[1], additional_files=(str(broken),)))
