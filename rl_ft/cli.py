@@ -8,6 +8,7 @@ standard error and a status (2: what you gave cannot be used; 1: the run stopped
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
     from rl_ft.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
+
+QUIET = {
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Libraries' own bars and notices, in this process and what it starts; ours say enough."""
 
 app = typer.Typer(
     name="rl-ft",
@@ -54,6 +63,8 @@ class InterruptedRun(Exception):  # noqa: N818 - the user's wish, not an error
 
 def main() -> None:
     """Entry point of the `rl-ft` command."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         app()
     except KeyboardInterrupt:
@@ -198,9 +209,10 @@ def report(
 @app.command()
 def doctor(recipe: Recipe = None, overrides: Set = None, seed: Seed = None) -> None:
     """Check this machine: versions, SUMO, exact branching, parity, Ray, GPU."""
+    config = _config(recipe, overrides, seed, base=None)
     from rl_ft.doctor import examine
 
-    if not examine(_console(), _config(recipe, overrides, seed, base=None)):
+    if not examine(_console(), config):
         raise typer.Exit(1)
 
 

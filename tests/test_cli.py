@@ -136,6 +136,7 @@ def note(name, config, folder):
 @pytest.fixture
 def noted_stages(monkeypatch):
     """Stages that only note that they ran: what is tested is their order, not their work."""
+    monkeypatch.setattr(pipeline, "ON_RAY", ())
     for stage in pipeline.STAGES:
         monkeypatch.setitem(
             pipeline.STAGES, stage, lambda config, folder, stage=stage: note(stage, config, folder)
