@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from envs.errors import UserError
 from rl_ft.config import Config, TinyModelConfig
-from rl_ft.generation import Generator
+from rl_ft.generation import Generator, _engine_settings
 from rl_ft.render import Renderer
 from rl_ft.tiny import build_tiny
 from rl_ft.weights import WeightsError
@@ -158,6 +158,31 @@ def test_equal_prompts_in_one_batch_get_answers_of_their_own(generator):
 def test_a_greedy_answer_is_asked_for_once(generator):
     with pytest.raises(ValueError, match="greedy answers are all the same"):
         generator.generate(prompts(1), num_samples=2, max_tokens=4, temperature=0.0)
+
+
+def test_a_gpu_gets_half_precision_and_chunked_prefill_unless_runs_must_repeat():
+    seeded = CONFIG.model_copy(
+        update={"generation": CONFIG.generation.model_copy(update={"reproducible": True})}
+    )
+    settings = _engine_settings(CONFIG, cuda=True)
+    assert settings["dtype"] == "bfloat16"
+    assert not {"enforce_eager", "enable_chunked_prefill"} & settings.keys()
+    assert _engine_settings(seeded, cuda=True)["enable_chunked_prefill"] is False
+
+
+def test_a_reproducible_generator_repeats_its_calls_after_a_restart(generator):
+    def calls() -> list[object]:
+        # What a fresh generator starts from.
+        generator._num_calls = 0
+        return [generator.generate(prompts(3), num_samples=4, max_tokens=4) for _ in range(2)]
+
+    generator._reproducible = True
+    try:
+        first, again = calls(), calls()
+    finally:
+        generator._reproducible = False
+    assert first == again
+    assert first[0] != first[1]
 
 
 def test_a_folder_that_is_no_model_is_named_before_an_engine_starts(tmp_path):
