@@ -292,7 +292,8 @@ def _run_folder(
                 raise InterruptedRun(f"interrupted; to go on: {again}") from interrupt
             except Exception as error:
                 named = named_cause(error)
-                ending = f"{type(named or error).__name__}: {named or error}"
+                sentence = (str(named or error).splitlines() or [""])[0]
+                ending = f"{type(named or error).__name__}: {sentence}"
                 # To the file only: main() tells the user.
                 logging.getLogger("run").error(ending, exc_info=named is None)
                 raise
