@@ -61,6 +61,11 @@ def headline(results: Row) -> Row:
         "baseline": baseline,
         "baseline_delay_s": mean_delay_s(results, baseline, held_out),
         "baseline_gridlocks": jams,
+        "controllers": [
+            (policy, mean_delay_s(results, policy, held_out), gridlocks(results, policy, held_out))
+            for policy in results["policies"]
+            if not policy.startswith(("sft:", "grpo:"))
+        ],
         "num_held_out": len(held_out),
         "num_seeds": len({row["seed"] for row in results["rows"]}),
     }
@@ -202,14 +207,14 @@ def invalid_share(rows: Iterable[Row]) -> float | None:
 
 
 def interval_text(interval: Interval) -> str:
-    """The mean with its bounds, signed, in seconds.
+    """The mean with its bounds, signed.
 
     Example:
-        -7.1 s [-9.0, -5.2]
+        -7.1 [-9.0, -5.2]
     """
     if math.isinf(interval.low):
-        return f"{_signed(interval.mean)} s (one pair: no interval)"
-    return f"{_signed(interval.mean)} s [{_signed(interval.low)}, {_signed(interval.high)}]"
+        return f"{_signed(interval.mean)} (one pair: no interval)"
+    return f"{_signed(interval.mean)} [{_signed(interval.low)}, {_signed(interval.high)}]"
 
 
 def _signed(value: float) -> str:

@@ -7,6 +7,7 @@ page can flow them on a phone. No global matplotlib state is touched; nothing is
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,28 +88,28 @@ def delay_bars(bars: Sequence[Bar], *, name: str) -> str:
     """
     means = sorted(bar.mean for bar in bars)
     cut = 2.5 * means[(len(means) - 1) // 2]
-    end = 1.18 * min(cut, max(max(bar.mean, *bar.values) for bar in bars))
-    figure, axes = _figure(0.27 * len(bars) + 0.5)
+    shown = max(_reach(bar) for bar in bars if bar.mean <= cut)
+    figure, axes = _figure(0.3 * len(bars) + 0.5, width=3.8)
     for y, bar in enumerate(bars):
-        axes.barh(y, min(bar.mean, end), height=0.66, color=colour(bar.policy), linewidth=0)
-        axes.plot(bar.values, [y] * len(bar.values), "o", ms=2.6, color=INK, alpha=0.4, mew=0)
-        if bar.low > float("-inf"):
-            axes.plot([max(0.0, bar.low), bar.high], [y, y], color=INK, lw=1.3)
-        reach = max(bar.mean, bar.high if bar.high < float("inf") else bar.mean, *bar.values)
-        text = f"{bar.mean:.1f}" + (f"  gridlock {bar.gridlocks}x" if bar.gridlocks else "")
-        inside = reach > 0.8 * end
+        is_cut = bar.mean > cut
+        axes.barh(
+            y, shown if is_cut else bar.mean, height=0.68, color=colour(bar.policy), linewidth=0
+        )
+        if not is_cut:
+            axes.plot(bar.values, [y + 0.2] * len(bar.values), "o", ms=2.4, color=INK, mew=0)
+            if bar.low > float("-inf"):
+                axes.plot([max(0.0, bar.low), bar.high], [y - 0.1, y - 0.1], color=INK, lw=1.3)
         axes.annotate(
-            f"{text} \N{RIGHTWARDS ARROW}" if bar.mean > end else text,
-            (end if inside else reach, y),
-            xytext=(-4 if inside else 5, 0),
+            (f"\N{RIGHTWARDS ARROW} {bar.mean:.0f}" if is_cut else f"{bar.mean:.1f}")
+            + (f"  gridlock {bar.gridlocks}x" if bar.gridlocks else ""),
+            (shown if is_cut else _reach(bar), y),
+            xytext=(5, 0),
             textcoords="offset points",
-            ha="right" if inside else "left",
             va="center",
             color=INK,
-            fontsize=8,
             fontweight="bold" if bar.gridlocks else "normal",
         )
-    axes.set_xlim(0, end)
+    axes.set_xlim(0, (1.75 if any(bar.gridlocks for bar in bars) else 1.2) * shown)
     axes.set_yticks(range(len(bars)), [label(bar.policy) for bar in bars])
     axes.invert_yaxis()
     axes.grid(axis="x", color=GRID, lw=0.6)
@@ -117,19 +118,40 @@ def delay_bars(bars: Sequence[Bar], *, name: str) -> str:
 
 
 def differences(rows: Sequence[Difference], *, name: str, xlabel: str) -> str:
-    """Intervals of paired differences around zero; left of zero is better."""
+    """Intervals of paired differences around zero; left of zero is better.
+
+    A row that reaches four times as far as the typical one lies at the edge, as a triangle with
+    its number.
+    """
     groups = list(dict.fromkeys(row.label for row in rows))
     policies = list(dict.fromkeys(row.policy for row in rows))
-    figure, axes = _figure(0.2 * len(groups) * len(policies) + 0.16 * len(groups) + 0.5)
+    reaches = sorted(_far(row) for row in rows)
+    limit = 4 * reaches[len(reaches) // 2]
+    inside = [row for row in rows if _far(row) <= limit]
+    ends = [0.0, *(x for row in inside for x in (row.low, row.mean, row.high) if math.isfinite(x))]
+    margin = 0.06 * (max(ends) - min(ends)) or 1.0
+    left, right = min(ends) - margin, max(ends) + margin
+    figure, axes = _figure(0.22 * len(groups) * len(policies) + 0.14 * len(groups) + 0.5)
     for row in rows:
-        offset = (policies.index(row.policy) - (len(policies) - 1) / 2) * 0.3
-        y = groups.index(row.label) + offset
+        y = groups.index(row.label) + (policies.index(row.policy) - (len(policies) - 1) / 2) * 0.34
         hue = colour(row.policy)
-        if abs(row.low) < float("inf"):
+        if math.isfinite(row.low):
             axes.plot([row.low, row.high], [y, y], color=hue, lw=2, solid_capstyle="round")
-        axes.plot([row.mean], [y], "o", color=hue, ms=5.5, mew=0)
+        if left <= row.mean <= right:
+            axes.plot([row.mean], [y], "o", color=hue, ms=5.5, mew=0)
+            continue
+        side = left if row.mean < 0 else right
+        axes.plot([side], [y], "<" if row.mean < 0 else ">", color=hue, ms=7, clip_on=False)
+        axes.annotate(
+            f"{row.mean:+.0f}".replace("-", "\N{MINUS SIGN}"),
+            (side, y),
+            xytext=(7 if row.mean < 0 else -7, -9),
+            textcoords="offset points",
+            ha="left" if row.mean < 0 else "right",
+            color=INK,
+        )
     axes.axvline(0, color=MUTED, lw=1)
-    _clip_to_means(axes, rows)
+    axes.set_xlim(left, right)
     axes.set_yticks(range(len(groups)), groups)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(axis="x", color=GRID, lw=0.6)
@@ -141,35 +163,32 @@ def curve(
     series: Mapping[str, Sequence[tuple[int, float]]],
     *,
     name: str,
-    title: str,
     log: bool = False,
     share: bool = False,
 ) -> str:
     """One metric over steps, a line per policy: measured thin, smoothed thick."""
-    figure, axes = _figure(2.15)
+    figure, axes = _figure(1.75, width=3.6)
     for policy, points in series.items():
         steps, values = [step for step, _ in points], [value for _, value in points]
         hue = colour(policy)
-        axes.plot(steps, values, color=hue, lw=0.8, alpha=0.35)
-        axes.plot(steps, smooth(values), color=hue, lw=2)
+        axes.plot(steps, values, color=hue, lw=0.7, alpha=0.3)
+        axes.plot(steps, smooth(values), color=hue, lw=1.8)
     if log:
         axes.set_yscale("log")
     if share:
-        from matplotlib.ticker import PercentFormatter
-
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         low, high = axes.get_ylim()
-        axes.set_ylim(max(-0.03, low - 0.02), min(1.03, high + 0.02))
+        axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 1.0001])
+        axes.set_ylim(max(-0.02, low), min(1 + 0.03 * (1 - low), high))
+        axes.yaxis.set_major_formatter(lambda tick, _: f"{round(100 * tick, 3):g} %")
     axes.grid(color=GRID, lw=0.6)
-    axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
     axes.set_xlabel("optimiser step")
-    return _svg(figure, name, f"{title} over optimiser steps")
+    return _svg(figure, name, f"{name} over optimiser steps")
 
 
 def stage_bar(rows: Mapping[str, Mapping[str, float]], *, name: str) -> str:
     """Seconds of a typical step by stage, one stacked bar per policy."""
     stages = list(dict.fromkeys(stage for parts in rows.values() for stage in parts))
-    figure, axes = _figure(0.42 * len(rows) + 0.55, width=9.0)
+    figure, axes = _figure(0.36 * len(rows) + 0.5, width=6.6)
     for y, parts in enumerate(rows.values()):
         left = 0.0
         for stage, seconds in parts.items():
@@ -207,18 +226,14 @@ def smooth(values: Sequence[float], *, span: int = 8) -> list[float]:
     return out
 
 
-def _clip_to_means(axes: Axes, rows: Sequence[Difference]) -> None:
-    """One huge interval must not flatten the others: show three times the typical reach."""
-    reach = sorted(
-        max(abs(row.mean), *(abs(x) for x in (row.low, row.high) if abs(x) < float("inf")))
-        if abs(row.low) < float("inf")
-        else abs(row.mean)
-        for row in rows
-    )
-    limit = 3 * reach[(len(reach) - 1) // 2]
-    low, high = axes.get_xlim()
-    if limit > 0:
-        axes.set_xlim(max(low, -limit), min(high, limit))
+def _reach(bar: Bar) -> float:
+    """How far to the right the bar, its whisker and its dots go."""
+    return max(bar.mean, *bar.values, *(x for x in (bar.high,) if math.isfinite(x)))
+
+
+def _far(row: Difference) -> float:
+    """How far from zero the row goes."""
+    return max(abs(x) for x in (row.low, row.mean, row.high) if math.isfinite(x))
 
 
 def _figure(height_in: float, *, width: float = _WIDTH_IN) -> tuple[Figure, Axes]:

@@ -21,13 +21,15 @@ from rl_ft.run_folder import RunFolder, write_atomically
 NUM_EXAMPLES_PER_START = 3
 
 CURVES = (
-    ("reward/gain_over_max_pressure_veh_s", "Gain over max-pressure, veh s per decision", ""),
+    ("reward/gain_over_max_pressure_veh_s", "Gain over max-pressure, veh s", ""),
+    ("reward/regret_veh_s", "Regret to the best tried, veh s", ""),
     ("reward/mean", "Mean reward", ""),
-    ("reward/regret_veh_s", "Regret against the best phase, veh s", ""),
     ("format/strict_share", "Answers in exactly the asked format", "share"),
+    ("format/invalid_share", "Invalid answers", "share"),
     ("entropy", "Entropy per token, nats", ""),
-    ("mismatch/mean_abs_logp_diff", "Mismatch of trainer and sampler, |log-prob|", "log"),
-    ("health/zero_variance_share", "Groups without variance", "share"),
+    ("health/zero_variance_share", "Groups of one reward only", "share"),
+    ("health/distinct_actions", "Distinct answers per group", ""),
+    ("mismatch/mean_abs_logp_diff", "Log-prob gap, trainer to sampler", "log"),
 )
 """Metric, title and scale of the learning curves."""
 
@@ -181,8 +183,8 @@ def series(metrics: Sequence[Row], policy: str, key: str) -> list[tuple[int, flo
 
 def curve_panels(
     metrics: Sequence[Row], kind: str, curves: Iterable[tuple[str, str, str]]
-) -> list[str]:
-    """The curves that were recorded, all policies of a kind in each."""
+) -> list[tuple[str, str]]:
+    """Title and picture of the curves that were recorded, all policies of a kind in each."""
     panels = []
     for key, title, scale in curves:
         lines = {policy: series(metrics, policy, key) for policy in policies_of(metrics, kind)}
@@ -190,9 +192,8 @@ def curve_panels(
         if lines:
             log = scale == "log" and all(v > 0 for points in lines.values() for _, v in points)
             name = f"{kind}-{key.replace('/', '-')}"
-            panels.append(
-                plots.curve(lines, name=name, title=title, log=log, share=scale == "share")
-            )
+            picture = plots.curve(lines, name=name, log=log, share=scale == "share")
+            panels.append((title, picture))
     return panels
 
 

@@ -130,6 +130,8 @@ def sample_metrics(steps: int = 120) -> list[dict]:
                 "reward/mean": -0.3 + 0.4 * learnt + rng.gauss(0, 0.08),
                 "reward/regret_veh_s": 22 - shift - 12 * learnt + rng.gauss(0, 2),
                 "format/strict_share": min(1.0, 0.97 + 0.03 * learnt + rng.gauss(0, 0.004)),
+                "format/invalid_share": max(0.0, 0.01 - 0.01 * learnt + rng.gauss(0, 0.001)),
+                "health/distinct_actions": 2.9 - 0.8 * learnt + rng.gauss(0, 0.1),
                 "entropy": 0.19 - 0.11 * learnt + rng.gauss(0, 0.008),
                 "mismatch/mean_abs_logp_diff": 1.5e-6 * math.exp(rng.gauss(0, 0.2)),
                 "health/zero_variance_share": 0.12 + 0.15 * learnt + rng.gauss(0, 0.03),
@@ -250,7 +252,7 @@ def test_the_page_needs_no_network(page):
 
 
 def test_pictures_follow_the_theme_and_the_width(tmp_path):
-    svg = plots.curve({"grpo:lookahead": [(1, 0.5), (2, 0.25)]}, name="x", title="Entropy")
+    svg = plots.curve({"grpo:lookahead": [(1, 0.5), (2, 0.25)]}, name="x")
     assert "var(--ink)" in svg
     assert not re.search(plots.INK, svg)
     assert " width=" not in svg.split(">")[0]
@@ -382,7 +384,7 @@ def test_a_gridlocked_bar_is_cut_and_labelled():
         policy="sft:lookahead", mean=300.0, low=100.0, high=500.0, values=(300.0,), gridlocks=2
     )
     svg = plots.delay_bars([*bars, jam], name="x")
-    assert "300.0  gridlock 2x" in svg
+    assert "\N{RIGHTWARDS ARROW} 300  gridlock 2x" in svg
 
 
 def test_the_manifest_names_the_command_without_its_folder():
@@ -390,3 +392,16 @@ def test_the_manifest_names_the_command_without_its_folder():
     assert lines["command"] == "rl-ft run --out run"
     assert lines["machine"] == "cores 2, memory gib 24.0"
     assert report.manifest(None) is None
+
+
+def test_a_difference_off_the_scale_is_marked_not_hidden():
+    rows = [
+        plots.Difference(
+            label=name, policy="grpo:lookahead", mean=mean, low=mean - 1, high=mean + 1
+        )
+        for name, mean in (("a", -8.0), ("b", -1.0), ("c", -2.0), ("d", -60.0), ("e", 90.0))
+    ]
+    svg = plots.differences(rows, name="x", xlabel="s")
+    assert "\N{MINUS SIGN}60<" in svg
+    assert "+90<" in svg
+    assert "\N{MINUS SIGN}8<" in svg
