@@ -8,8 +8,10 @@ learner's business. TRL is imported only when a trainer is built.
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -46,6 +48,8 @@ SHARED_WITH_TRL = (
 )
 """Fields of `config.grpo` that are handed to TRL under the same name."""
 
+POINTER_FILE = "checkpoint.json"
+"""All that a Ray checkpoint holds: where the trainer's own checkpoint is."""
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -166,7 +170,6 @@ def train_loop(train_config: TrainConfig) -> None:
     """What a Ray Train worker runs: build, resume if there is a checkpoint, train to the end."""
     import ray.train
     import torch
-    from ray.train.v2.api.report_config import CheckpointUploadMode
     from transformers.utils.logging import disable_progress_bar
 
     config = Config.model_validate(train_config["config"])
@@ -180,13 +183,10 @@ def train_loop(train_config: TrainConfig) -> None:
         train_config["on_metrics"](step, metrics)
 
     def on_checkpoint(path: Path) -> None:
-        # It already lies where the run keeps its checkpoints: Ray only has to know about it.
-        ray.train.report(
-            dict(last),
-            checkpoint=ray.train.Checkpoint.from_directory(path),
-            checkpoint_dir_name=path.name,
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-        )
+        # The checkpoint already lies where the run keeps them: Ray gets a pointer, not a copy.
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, POINTER_FILE).write_text(json.dumps({"path": str(path)}))
+            ray.train.report(dict(last), checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     trainer = build_trainer(
         model=model,

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
+import grpo_case
 import pytest
 import torch
 from grpo_case import config, model_folder, ragged_groups
@@ -13,6 +15,7 @@ from grpo_case import config, model_folder, ragged_groups
 from envs.errors import UserError
 from rl_ft.config import Config
 from rl_ft.learner import (
+    POINTER_FILE,
     TrainConfig,
     build_trainer,
     grpo_args,
@@ -258,7 +261,6 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
 
 def test_the_learner_can_be_imported_without_trl():
     import subprocess
-    import sys
 
     code = "import sys, rl_ft.learner; print({'torch', 'trl', 'ray', 'peft'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -292,6 +294,10 @@ class Recorder:
 
 @pytest.mark.ray
 def test_a_killed_worker_resumes_and_ends_with_the_same_weights(ray_cluster, folder, tmp_path):
+    from ray import cloudpickle
+
+    for module in (sys.modules[__name__], grpo_case):
+        cloudpickle.register_pickle_by_value(module)
     conf = config(max_steps=4, save_steps=2, learning_rate=1e-2)
     ends = []
     for name, die_at in (("killed", 3), ("whole", None)):
@@ -316,6 +322,7 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_weights(ray_cluster, fol
         versions = [number for kind, number in notes if kind == "publish"]
         assert versions == ([0, 1, 2, 3, 2, 3, 4] if die_at else [0, 1, 2, 3, 4])
         assert result.metrics["step"] == 4
-        assert Path(result.checkpoint.path) == place / "checkpoints" / "checkpoint-4"
+        pointer = json.loads((Path(result.checkpoint.path) / POINTER_FILE).read_text())
+        assert Path(pointer["path"]) == place / "checkpoints" / "checkpoint-4"
         ends.append(torch.load(place / "4.pt"))
     assert equal(*ends)

@@ -276,8 +276,12 @@ def test_two_ranks_take_the_step_of_one(folder, masked_groups, tmp_path):
         {"loss_type": loss_type, "groups_per_micro_batch": 1, "entropy_coef": 0.05}
         for loss_type in ("dapo", "cispo", "grpo", "bnpo")
     ]
-    torch.multiprocessing.spawn(
-        rank_main, args=(2, port, folder, shares, str(tmp_path), settings), nprocs=2
+    # Forked, since importing TRL twice more would cost more than all that is tested here.
+    torch.multiprocessing.start_processes(
+        rank_main,
+        args=(2, port, folder, shares, str(tmp_path), settings),
+        nprocs=2,
+        start_method="fork",
     )
     for number, grpo in enumerate(settings):
         loss, gradient, entropy = torch.load(tmp_path / f"{number}.pt")
