@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ import ray
 from envs.types import Decision
 from rl_ft.buffer import GroupBuffer
 from rl_ft.config import Config
+from rl_ft.parity import MismatchGate, ParityError
 from rl_ft.types import Completion, RolloutGroup, WeightsRef
 from rl_ft.worlds import Trial, Tried, WorldPool
 
@@ -98,9 +100,38 @@ class GeneratorService:
             bound=bound,
         )
 
+    def diagnose(
+        self,
+        model_path: str,
+        new: WeightsRef,
+        old: WeightsRef,
+        groups: Sequence[RolloutGroup],
+        bound: float,
+    ) -> str:
+        """Why what was sampled after loading `new` over `old` does not fit the trainer."""
+        from rl_ft import parity
+        from rl_ft.weights import fetch
+
+        return parity.diagnose(
+            self._generator,
+            model_path,
+            new=fetch(new, ray.get),
+            old=fetch(old, ray.get),
+            sampled=[(group.prompt_ids, group.completions[0]) for group in groups],
+            bound=bound,
+        )
+
     def pid(self) -> int:
         """Process id."""
         return os.getpid()
+
+
+class BufferService(GroupBuffer):
+    """The buffer behind an actor; it owns the published tensors, which outlive the learner."""
+
+    async def keep(self, ref: WeightsRef) -> None:
+        """Put the tensors that came with a reference into the object store, and publish it."""
+        await self.publish(replace(ref, payload=ray.put(ref.payload)))
 
 
 class LearnerLink:
@@ -111,8 +142,17 @@ class LearnerLink:
 
     WAIT_S = 600.0
 
-    def __init__(self, buffer: Any) -> None:
+    def __init__(self, buffer: Any, max_logprob_diff: float) -> None:
         self._buffer = buffer
+        self._gate = MismatchGate(max_logprob_diff)
+
+    def check(self, step: int, mismatch: float) -> None:
+        """The gate before every update; the loop finds the cause of a breach."""
+        try:
+            self._gate.observe(step, mismatch)
+        except ParityError:
+            ray.get(self._buffer.refuse.remote(step, mismatch))
+            raise
 
     def fetch(self, step: int) -> tuple[RolloutGroup, ...]:
         """The groups of an optimiser step."""
@@ -122,12 +162,10 @@ class LearnerLink:
         return groups
 
     def publish(self, state_dict: dict[str, Any], version: int) -> None:
-        """Weights into the object store, their reference into the buffer."""
+        """A new version of the weights."""
         from rl_ft.weights import publish
 
-        # Nested in a list, the reference itself travels instead of what it points to.
-        ref = publish(state_dict, version, ray.put)
-        ray.get(self._buffer.publish.remote(ref))
+        ray.get(self._buffer.keep.remote(publish(state_dict, version, lambda arrays: arrays)))
 
     def report(self, step: int, values: dict[str, float]) -> None:
         """Metrics of a finished step."""
@@ -157,4 +195,4 @@ def start_actors(
 
 WorldActor = ray.remote(WorldPool)
 GeneratorActor = ray.remote(GeneratorService)
-BufferActor = ray.remote(num_cpus=0)(GroupBuffer)
+BufferActor = ray.remote(num_cpus=0)(BufferService)

@@ -26,6 +26,7 @@ class GroupBuffer:
         self._weights: WeightsRef | None = None
         self._sequence = 0
         self._metrics: list[tuple[int, dict[str, float]]] = []
+        self._mismatch: tuple[int, float] | None = None
         self._changed = asyncio.Condition()
 
     async def put_groups(self, step: int, groups: Sequence[RolloutGroup]) -> None:
@@ -71,6 +72,14 @@ class GroupBuffer:
         async with self._changed:
             self._metrics.append((step, values))
             self._changed.notify_all()
+
+    async def refuse(self, step: int, mismatch: float) -> None:
+        """The learner will not update: trainer and sampler are `mismatch` nats apart."""
+        self._mismatch = (step, mismatch)
+
+    async def refused(self) -> tuple[int, float] | None:
+        """The step and mismatch of a refused update, if there was one."""
+        return self._mismatch
 
     async def take_metrics(self) -> list[tuple[int, dict[str, float]]]:
         """The learner's metrics since the last call."""

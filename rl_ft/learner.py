@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from envs.errors import UserError
 from rl_ft.config import Config
@@ -66,6 +66,8 @@ class TrainConfig(TypedDict):
     fetch: Fetch
     publish: Publish
     on_metrics: OnMetrics
+    before_update: NotRequired[Callable[[int, float], None]]
+    """Is shown each step's mean |trainer - sampler| before the update; raises to prevent it."""
 
 
 def grpo_args(config: Config, *, output_dir: str | Path, num_groups: int) -> GRPOConfig:
@@ -111,6 +113,7 @@ def build_trainer(
     on_metrics: OnMetrics,
     num_groups: int,
     on_checkpoint: Callable[[Path], None] | None = None,
+    before_update: Callable[[int, float], None] | None = None,
 ) -> PackedGRPOTrainer:
     """A trainer over `model`, which must hold the weights that training starts from.
 
@@ -129,6 +132,7 @@ def build_trainer(
         publish=publish,
         on_metrics=on_metrics,
         on_checkpoint=on_checkpoint,
+        before_update=before_update,
         peft_config=None if config.model.lora is None else lora_adapter(config.model.lora),
     )
     trainer.remove_callback(PrinterCallback)
@@ -198,6 +202,7 @@ def train_loop(train_config: TrainConfig) -> None:
         on_metrics=on_metrics,
         num_groups=train_config["num_groups"],
         on_checkpoint=on_checkpoint,
+        before_update=train_config.get("before_update"),
     )
     resume_from = latest_checkpoint(train_config["output_dir"])
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))

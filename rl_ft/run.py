@@ -27,7 +27,7 @@ from rl_ft.cluster import ray_session
 from rl_ft.config import Config
 from rl_ft.health import HealthMonitor
 from rl_ft.monitor import LoadSampler, MetricLog
-from rl_ft.parity import MismatchGate
+from rl_ft.parity import UNKNOWN, ParityError
 from rl_ft.render import Renderer
 from rl_ft.rollout import Collected, Tally, collect_groups, metrics
 from rl_ft.run_folder import RunFolder
@@ -79,12 +79,13 @@ class GrpoLoop:
         self._worlds, self._generator = worlds, generator
         self._buffer = BufferActor.remote()
         self._health = HealthMonitor(config)
-        self._gate = MismatchGate(config.parity.max_logprob_diff)
         self._load = LoadSampler()
         self._renderer = Renderer(
             self._model_path, max_prompt_length=config.model.max_prompt_length
         )
         self._pending: dict[int, dict[str, float]] = {}
+        self._refs: list[WeightsRef] = []
+        self._groups: list[RolloutGroup] = []
         self._steps_start = time.perf_counter()
 
     async def run(self) -> None:
@@ -97,9 +98,10 @@ class GrpoLoop:
         """
         await self._check_parity()
         learner = self._start_learner()
-        sequence, ref = 0, None
+        sequence = 0
         while (published := await self._next_weights(sequence, learner)) is not None:
             sequence, ref = published
+            self._refs = [*self._refs[-1:], ref]
             started = time.perf_counter()
             await self._generator.load.remote(ref)
             sync_s = time.perf_counter() - started
@@ -111,8 +113,7 @@ class GrpoLoop:
             await self._collect(ref.version, sync_s)
         await asyncio.wrap_future(learner)
         await self._take_metrics()
-        assert ref is not None
-        self._save_model(ref)
+        self._save_model(self._refs[-1])
 
     async def _collect(self, step: int, sync_s: float) -> None:
         """The groups of one step, admitted to the buffer."""
@@ -146,6 +147,7 @@ class GrpoLoop:
         self._health.observe(step, values)
         self._pending[step + 1] = values
         self._write_examples([example for part in parts for example in part.examples])
+        self._groups = groups
         await self._buffer.put_groups.remote(step, groups)
 
     async def _next_weights(
@@ -157,9 +159,29 @@ class GrpoLoop:
             if found is not None:
                 return found
             await self._take_metrics()
+            await self._raise_refusal()
             if learner.done():
                 learner.result()
                 return None
+
+    async def _raise_refusal(self) -> None:
+        """ParityError with its cause if the learner refused to update."""
+        refused = await self._buffer.refused.remote()
+        if refused is None:
+            return
+        step, mismatch = refused
+        bound = self._config.parity.max_logprob_diff
+        cause = UNKNOWN
+        if len(self._refs) > 1:
+            old, new = self._refs
+            cause = await self._generator.diagnose.remote(
+                self._model_path, new, old, self._groups, bound
+            )
+        raise ParityError(
+            cause,
+            f"at step {step} trainer and sampler differ by {mismatch:.3g} nats per token on "
+            f"average, more than parity.max_logprob_diff = {bound:g}; nothing was updated",
+        )
 
     async def _take_metrics(self) -> None:
         """Join the learner's metrics with the rollout's, record them, and look at the gates."""
@@ -185,7 +207,6 @@ class GrpoLoop:
                 values["entropy"],
                 values["time/step_s"],
             )
-            self._gate.observe(step, learned["mismatch/mean_abs_logp_diff"])
             self._health.observe(step, {"entropy": learned["entropy"]})
 
     async def _check_parity(self) -> None:
@@ -209,7 +230,7 @@ class GrpoLoop:
         from rl_ft.actors import LearnerLink
         from rl_ft.learner import TrainConfig, run_learner
 
-        link = LearnerLink(self._buffer)
+        link = LearnerLink(self._buffer, self._config.parity.max_logprob_diff)
         train_config = TrainConfig(
             config=self._config.model_dump(mode="json"),
             model_path=self._model_path,
@@ -218,6 +239,7 @@ class GrpoLoop:
             fetch=link.fetch,
             publish=link.publish,
             on_metrics=link.report,
+            before_update=link.check,
         )
         future: Future[Any] = Future()
 

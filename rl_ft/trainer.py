@@ -71,6 +71,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         publish: Publish,
         on_metrics: OnMetrics,
         on_checkpoint: Callable[[Path], None] | None = None,
+        before_update: Callable[[int, float], None] | None = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
         if args.loss_type not in LOSS_TYPES:
@@ -106,6 +107,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         self._entropy_bonus_enabled = False
         self._fetch, self._publish = fetch, publish
         self._on_metrics, self._on_checkpoint = on_metrics, on_checkpoint
+        self._before_update = before_update
         self._waiting: list[dict[str, Tensor]] = []
         self._forward: tuple[Tensor, Tensor]
         self._sums = _StepSums()
@@ -232,6 +234,13 @@ class PackedGRPOTrainer(GRPOTrainer):
             self._publish(full_state_dict(model), self.state.global_step)
             self._sums.add_time("publish", time.perf_counter() - started)
 
+    def check_mismatch(self) -> None:
+        """Show `before_update` the step's mean |trainer - sampler|; it raises to stop in time."""
+        if self._before_update is not None:
+            self._before_update(
+                self.state.global_step, self._sums.mean_abs_logp_diff(self.accelerator)
+            )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Metrics go to `on_metrics` after every step, and nowhere else."""
         if "grad_norm" not in logs:  # the closing summary of Trainer
@@ -268,13 +277,16 @@ class PackedGRPOTrainer(GRPOTrainer):
 
 
 class _PublishCallback(TrainerCallback):
-    """Publishes the weights that a run starts from, then every new version."""
+    """Publishes the weights that a run starts from, then every new version it may make."""
 
     def __init__(self, trainer: PackedGRPOTrainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._trainer.publish_weights()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._trainer.check_mismatch()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._trainer.publish_weights()
@@ -305,6 +317,11 @@ class _StepSums:
         largest = difference.abs().max()
         self._sums = sums if self._sums is None else self._sums + sums
         self._largest = largest if self._largest is None else self._largest.maximum(largest)
+
+    def mean_abs_logp_diff(self, accelerator: Any) -> float:
+        """Trainer against sampler, over all tokens of all ranks so far."""
+        tokens, _, absolute, _ = accelerator.reduce(self._sums, reduction="sum").tolist()
+        return absolute / max(tokens, 1.0)
 
     def metrics(self, accelerator: Any) -> dict[str, float]:
         """Means over all tokens of all ranks."""
