@@ -24,7 +24,7 @@ OWNERS = {
     "typer": {"rl_ft.cli"},
     "psutil": {"rl_ft.monitor", "rl_ft.run_folder"},
     "tensorboard": {"rl_ft.monitor"},
-    "matplotlib": {"rl_ft.report", "rl_ft.figures"},
+    "matplotlib": {"rl_ft.plots"},
     "jinja2": {"rl_ft.report"},
     "tokenizers": {"rl_ft.tiny"},
     "transformers": {
