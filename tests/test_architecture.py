@@ -177,3 +177,23 @@ def test_functions_are_annotated(module):
 def test_the_tree_holds_no_module_with_a_catch_all_name():
     names = {file.stem for folder in ("tests", "scripts") for file in (ROOT / folder).rglob("*.py")}
     assert not names & FORBIDDEN_NAMES
+
+
+def test_pinned_versions_lie_within_the_ranges_of_the_package():
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["train"], *extras["cpu"], *extras["dev"]]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for requirement in map(Requirement, wanted):
+        if requirement.name != project["name"]:
+            assert requirement.specifier.contains(pins[requirement.name]), requirement
+
+
+def test_continuous_integration_runs_the_test_command_of_the_readme():
+    command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
+    assert command == "exec ./scripts/test.sh"
