@@ -142,7 +142,7 @@ class RunFolder:
         return (_reopen, (self.root, self.config))
 
     def _marker(self, stage: str) -> Path:
-        return self.path(".done", *stage.split("/"))
+        return self.path(".done", stage.replace("/", "."))
 
     def _accept_started(self, path: str | Path, *, resume: bool) -> None:
         if not resume:
