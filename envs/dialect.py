@@ -139,9 +139,11 @@ def parse(decision: Decision, completion: str) -> Parsed | ParseFailure:
 
 def _json_phase(completion: str) -> str | None:
     try:
-        answer = json.loads(completion)
-    except ValueError:
+        # As pairs: a dict would silently keep the last of two phases.
+        answer = json.loads(completion, object_pairs_hook=tuple)
+    except (ValueError, RecursionError):
         return None
-    if isinstance(answer, dict) and set(answer) == {"phase"} and isinstance(answer["phase"], str):
-        return answer["phase"]
+    if isinstance(answer, tuple) and len(answer) == 1:
+        key, name = answer[0]
+        return name if key == "phase" and isinstance(name, str) else None
     return None

@@ -28,6 +28,9 @@ from envs.errors import UserError, WorldError
 from envs.types import Decision, JointAction, JunctionSpec, Outcome, Scenario, TripStats
 from envs.world_process import SINGLE_THREADED
 
+EXIT_S = 5.0
+"""How long a world that is told to end may take; one that is busy then is killed."""
+
 
 class World:
     """Client of one world process; `pid` names it for tests and monitors."""
@@ -36,12 +39,19 @@ class World:
         self.timeout_s = timeout_s
         ours, theirs = socket.socketpair()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        # A killed child cannot remove its files: they lie where close() removes them.
+        self._files = tempfile.TemporaryDirectory(prefix="rl-ft-world-")
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "envs.world_process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env={**os.environ, **SINGLE_THREADED, "PYTHONPATH": path},
+            env={
+                **os.environ,
+                **SINGLE_THREADED,
+                "PYTHONPATH": path,
+                "TMPDIR": self._files.name,
+            },
             stdin=subprocess.DEVNULL,
             stderr=self._stderr,
             start_new_session=True,
@@ -97,12 +107,20 @@ class World:
 
     def close(self) -> None:
         """End the process and its branches; safe to call twice."""
+        self._end(EXIT_S)
+
+    def _end(self, grace_s: float) -> None:
+        """Hang up, so that the process ends by itself, and kill what has not in time."""
+        if self._connection.closed:
+            return
         self._connection.close()
-        if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         self._stderr.close()
+        self._files.cleanup()
 
     def __enter__(self) -> Self:
         return self
@@ -116,7 +134,7 @@ class World:
         try:
             self._connection.send((name, arguments))
             if not self._connection.poll(self.timeout_s):
-                self.close()
+                self._end(0.0)
                 raise WorldError("timeout", f"{name} took longer than {self.timeout_s:g} s")
             kind, value = self._connection.recv()
         except (EOFError, OSError):

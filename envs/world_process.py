@@ -31,9 +31,8 @@ class Service:
     def reset(self, scenario: Any, seed: int, program: str | None) -> Any:
         from envs.sumo import Simulation
 
-        if self._simulation is not None:
-            self._simulation.close()
-            self._simulation = None
+        self.close()
+        self._simulation = None
         self._simulation = Simulation(scenario, seed, program=program)
         return self._simulation.junctions
 
@@ -62,6 +61,10 @@ class Service:
     def trips(self) -> Any:
         return self._simulation.trips()
 
+    def close(self) -> None:
+        if self._simulation is not None:
+            self._simulation.close()
+
 
 def serve(connection: Connection) -> None:
     """Answer calls until the parent closes its end."""
@@ -69,8 +72,8 @@ def serve(connection: Connection) -> None:
     while True:
         try:
             name, arguments = connection.recv()
-        except EOFError:
-            return
+        except (EOFError, ConnectionError):
+            return service.close()
         try:
             answer = ("ok", getattr(service, name)(*arguments))
         except UserError as error:
@@ -81,8 +84,8 @@ def serve(connection: Connection) -> None:
             answer = ("world", ("simulator", f"{type(error).__name__}: {error}"))
         try:
             connection.send(answer)
-        except BrokenPipeError:
-            return
+        except ConnectionError:
+            return service.close()
 
 
 def main() -> None:
