@@ -11,7 +11,7 @@ import pickle
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from envs.errors import WorldError
 
@@ -31,7 +31,9 @@ def fork_map(
     results: list[Result] = []
     for start in range(0, len(items), max(1, parallel)):
         running = [_fork(function, item) for item in items[start : start + max(1, parallel)]]
-        results.extend(_join(pid, reader) for pid, reader in running)
+        # All of them before the first is judged: nothing runs on behind an error.
+        ended = [_join(pid, reader) for pid, reader in running]
+        results.extend(_result(data, status) for data, status in ended)
     return results
 
 
@@ -77,10 +79,13 @@ def _detach_files(*, keep: int) -> None:
             os.dup2(null, fd)
 
 
-def _join(pid: int, reader: int) -> Result:
+def _join(pid: int, reader: int) -> tuple[bytes, int]:
     with os.fdopen(reader, "rb") as pipe:
         data = pipe.read()
-    _, status = os.waitpid(pid, 0)
+    return data, os.waitpid(pid, 0)[1]
+
+
+def _result(data: bytes, status: int) -> Any:
     if not data or status:
         raise WorldError("branch_died", f"a branch ended with status {status}")
     succeeded, value = pickle.loads(data)

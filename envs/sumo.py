@@ -45,12 +45,13 @@ class Simulation:
     """
 
     def __init__(self, scenario: Scenario, seed: int, *, program: str | None = None) -> None:
+        _require_whole_seconds(scenario)
         self.scenario = scenario
         self.seed = seed
         self.program = program
         self._directory = tempfile.TemporaryDirectory(prefix="rl-ft-world-")
         self._trips_file = Path(self._directory.name) / "trips.xml"
-        _load(self._options())
+        _load(scenario, self._options())
         if program == "actuated":
             self._reload_actuated()
         self.junctions = junction_specs()
@@ -88,7 +89,7 @@ class Simulation:
         programs = Path(self._directory.name) / "actuated.add.xml"
         programs.write_text(_actuated_programs(self.scenario), encoding="utf-8")
         libsumo.close()
-        _load(self._options([str(programs)]))
+        _load(self.scenario, self._options([str(programs)]))
 
     @property
     def time_s(self) -> float:
@@ -162,9 +163,7 @@ class Simulation:
             self._green_since[spec.tls_id] = start + timing.yellow_s + timing.all_red_s
         self._decisions = None
 
-    def _switching(self, actions: JointAction) -> list[tuple[JunctionSpec, str]]:
-        if not actions:
-            return []
+    def _require_legal(self, actions: JointAction) -> None:
         legal = {d.junction.tls_id: d.legal for d in self.decisions()}
         for tls_id, phase in actions.items():
             if self.program or phase not in legal.get(tls_id, ()):
@@ -172,6 +171,11 @@ class Simulation:
                     f"phase {phase} of junction {tls_id!r} cannot be chosen at {self.time_s:g} s: "
                     f"legal are {legal.get(tls_id, 'none, it is not controlled')}"
                 )
+
+    def _switching(self, actions: JointAction) -> list[tuple[JunctionSpec, str]]:
+        if not actions:
+            return []
+        self._require_legal(actions)
         return [
             (spec, spec.phases[actions[spec.tls_id]].state)
             for spec in self.junctions
@@ -231,9 +235,13 @@ class Simulation:
         """What each candidate would cost, tried from this very instant in forks of the process.
 
         Identical candidates are simulated once. The running simulation is not touched.
+
+        Raises:
+            UserError: a candidate is not legal now.
         """
-        self.decisions()
         distinct = list({tuple(sorted(c.items())): c for c in candidates}.values())
+        for candidate in distinct:
+            self._require_legal(candidate)
         found = fork_map(
             lambda action: self.play(action, horizon_s, follow), distinct, parallel=parallel
         )
@@ -241,6 +249,7 @@ class Simulation:
 
     def play(self, action: JointAction, horizon_s: float, follow: str) -> Outcome:
         """Execute an action here, follow a controller for the rest of the horizon, measure."""
+        self._require_legal(action)
         lanes = [lane for tls_id in action for chain in self._lanes[tls_id] for lane, _ in chain]
         ledger = Ledger(lanes)
         end_s = self.time_s + horizon_s
@@ -276,11 +285,24 @@ class Simulation:
         self._directory.cleanup()
 
 
-def _load(options: list[str]) -> None:
+def _require_whole_seconds(scenario: Scenario) -> None:
+    """Signals change and losses are sampled at whole seconds: steps must meet them."""
+    length = scenario.step_length_s
+    if length <= 0 or abs(round(1 / length) * length - 1) > 1e-9:
+        raise UserError(
+            f"Scenario {scenario.name} has a step-length of {length:g} s, but it must divide one "
+            "second, such as 1, 0.5 or 0.1: change step-length in its .sumocfg."
+        )
+
+
+def _load(scenario: Scenario, options: list[str]) -> None:
     try:
         libsumo.start(options)
     except (libsumo.TraCIException, libsumo.FatalTraCIError) as error:
-        raise UserError(f"SUMO cannot load the scenario: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"SUMO cannot load scenario {scenario.name} with network {scenario.net_file}: {reason}"
+        ) from None
 
 
 def _sight(lane: LaneSpec) -> tuple[LaneState, set[str]]:

@@ -71,6 +71,12 @@ class BehaviourConfig(Section):
     swap_interval_s: float = Field(60.0, gt=0)
     """How often the driver is drawn again."""
 
+    @model_validator(mode="after")
+    def _somebody_drives(self) -> BehaviourConfig:
+        if not self.policy + self.max_pressure + self.max_wave + self.random:
+            raise ValueError("at least one share of the behaviour must be above 0")
+        return self
+
 
 class PrepareConfig(Section):
     """Decision states with the teachers' answers."""
@@ -83,6 +89,12 @@ class PrepareConfig(Section):
     states_per_episode: int = Field(50, gt=0)
     warm_up_s: float = Field(120.0, ge=0)
     behaviour: BehaviourConfig = BehaviourConfig()
+
+    @model_validator(mode="after")
+    def _no_policy_yet(self) -> PrepareConfig:
+        if self.behaviour.policy:
+            raise ValueError("prepare.behaviour.policy must be 0: there is no policy yet")
+        return self
 
 
 class SftConfig(Section):

@@ -12,13 +12,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from envs.errors import WorldError
+from envs.errors import UserError, WorldError
 from envs.scenario import load_scenario
 from envs.types import Decision, Outcome
 from envs.world import World
 from rl_ft.config import BehaviourConfig, Config
 
 log = logging.getLogger(__name__)
+
+MAX_BARREN_EPISODES = 3
+"""Episodes in a row with nothing to ask, after which the settings must be wrong."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,17 +95,29 @@ class WorldPool:
 
     def _next_decision(self, index: int) -> Decision:
         rng = self._rngs[index]
+        ended = 0
         while True:
             episode = self._episodes[index] or self._start(index)
             time_s, _ = episode.world.time()
             if time_s >= episode.end_s:
-                self._episodes[index] = self._start(index, episode.world)
+                ended += 1
+                if ended > MAX_BARREN_EPISODES:
+                    raise UserError(self._barren())
+                self._start(index, episode.world)
                 continue
             worthy = [d for d in episode.world.decisions() if self._matters(d)]
             if worthy:
                 episode.decision = rng.choice(worthy)
                 return episode.decision
             episode.world.drive(self._rollout_base(), time_s + 1)
+
+    def _barren(self) -> str:
+        rollout = self._rollout
+        return (
+            f"{MAX_BARREN_EPISODES} episodes in a row had no decision with a choice and "
+            f"rollout.min_queue_veh={rollout.min_queue_veh} vehicles within rollout.episode_s="
+            f"{rollout.episode_s:g} s; lower the former, or train on busier scenarios"
+        )
 
     def _matters(self, decision: Decision) -> bool:
         return worth_asking(decision, self._rollout.min_queue_veh)
