@@ -1,0 +1,151 @@
+"""Dialect: a decision has exactly one text, and an answer names one legal phase or none."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from decision_case import JUNCTION, decision, lane, observation
+from hypothesis import given
+from hypothesis import strategies as st
+
+from envs import dialect
+from envs.dialect import Parsed, answer_text, messages, observation_text, parse, round_s
+from envs.scenario import load_scenario
+from envs.types import Action, ParseFailure
+from envs.world import World
+
+NAMES = [phase.name for phase in JUNCTION.phases]
+
+legal_sets = st.sets(st.integers(0, 2), min_size=1).map(sorted)
+lane_states = st.builds(
+    lane,
+    st.integers(0, 40),
+    st.tuples(*[st.integers(0, 30)] * 3),
+    st.integers(0, 4000),
+)
+observations = st.builds(
+    observation,
+    lane_states,
+    lane_states,
+    lane_states,
+    current=st.integers(0, 2),
+    green_s=st.integers(0, 4000),
+    free=st.tuples(*[st.floats(0, 1)] * 3),
+)
+
+
+def test_the_text_of_a_decision_is_exactly_this():
+    seen = observation(
+        lane(2, (1, 0, 3), 14),
+        lane(4, wait_s=98),
+        current=2,
+        green_s=17,
+        free=(0.1, 1.0, 0.2),
+    )
+    assert observation_text(decision(seen, legal=(0, 2))) == (
+        "A 2 6 full: north through+right 2 1 0 3 15\n"
+        "B 4 4: north left 4 0 0 0 105\n"
+        "C 6 10: north right shared 2 1 0 3 15, north left yield 4 0 0 0 105, "
+        "east through empty\n"
+        "green C 15\n"
+        "choose A C"
+    )
+
+
+@given(seen=observations, legal=legal_sets)
+def test_every_word_is_in_the_vocabulary(seen, legal):
+    words = re.findall(r"[^\s,:]+", observation_text(decision(seen, legal)))
+    other = {word for word in words if not word.isdigit() and word not in NAMES}
+    assert other <= set(dialect.VOCABULARY)
+
+
+@pytest.mark.parametrize("name", ["resco:ingolstadt7", "generated:6"])
+def test_mapped_junctions_speak_the_vocabulary_too(name):
+    with World() as world:
+        world.reset(load_scenario(name), seed=1)
+        text = "\n".join(observation_text(d) for d in world.decisions())
+    words = {word for word in re.findall(r"[^\s,:]+", text) if not word.isdigit()}
+    assert {w for w in words if not re.fullmatch("[A-Z]{1,2}", w)} <= set(dialect.VOCABULARY)
+
+
+def test_instructions_come_first_when_asked_for():
+    asked = decision(observation())
+    assert [m["role"] for m in messages(asked)] == ["system", "user"]
+    assert messages(asked, instructions=False) == [
+        {"role": "user", "content": observation_text(asked)}
+    ]
+
+
+@given(st.integers(0, 10_000), st.integers(0, 10_000))
+def test_rounded_seconds_are_few_and_keep_their_order(a, b):
+    assert round_s(a) in {*range(0, 60, 5), *range(60, 241, 15)}
+    assert abs(round_s(a) - min(a, 240)) <= 7.5
+    if a <= b:
+        assert round_s(a) <= round_s(b)
+
+
+@given(legal=legal_sets, data=st.data())
+def test_the_answer_of_a_legal_action_parses_to_that_action(legal, data):
+    asked = decision(observation(), legal)
+    action = Action(phase=data.draw(st.sampled_from(legal)))
+    assert parse(asked, answer_text(asked, action)) == Parsed(action=action, strict=True)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    ['{"phase": "B", "why": "queue"}', "B", "I take B.", "phase B, surely B", '[["phase", "B"]]'],
+)
+def test_a_recognisable_phase_is_partial(completion):
+    assert parse(decision(observation()), completion) == Parsed(
+        action=Action(phase=1), strict=False
+    )
+
+
+@given(
+    pair=st.permutations(NAMES).map(lambda names: names[:2]),
+    form=st.sampled_from(
+        [
+            "{} or {}",
+            '{{"phase": "{}"}}{{"phase": "{}"}}',
+            '{{"phase": "{}", "phase": "{}"}}',
+            '{{"phase": ["{}", "{}"]}}',
+            '{{"phase": "{}"}} {}',
+        ]
+    ),
+)
+def test_naming_two_phases_is_a_failure(pair, form):
+    failure = parse(decision(observation()), form.format(*pair))
+    assert failure == ParseFailure(reason="more than one phase")
+
+
+@given(legal=legal_sets, name=st.sampled_from(NAMES))
+def test_a_phase_that_is_not_legal_is_a_failure(legal, name):
+    for completion in (json.dumps({"phase": name}), f"phase {name}"):
+        parsed = parse(decision(observation(), legal), completion)
+        if NAMES.index(name) in legal:
+            assert isinstance(parsed, Parsed)
+        else:
+            assert parsed == ParseFailure(reason="phase not legal now")
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("", "no phase"),
+        ('{"phase": "Z"}', "unknown phase"),
+        ('{"phase": "b"}', "unknown phase"),
+        ('{"phase": 1}', "no phase"),
+        ("null", "no phase"),
+        ("[" * 100_000, "no phase"),
+    ],
+)
+def test_no_phase_is_a_failure_with_its_reason(completion, reason):
+    assert parse(decision(observation()), completion) == ParseFailure(reason=reason)
+
+
+@given(st.text())
+def test_any_text_parses_to_a_legal_action_or_a_failure(completion):
+    parsed = parse(decision(observation(), (0, 2)), completion)
+    assert isinstance(parsed, ParseFailure) or parsed.action.phase in (0, 2)

@@ -1,0 +1,198 @@
+"""World: the process lives and dies as promised, and every way to fail has its own name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from envs.errors import UserError, WorldError
+from envs.fork import num_threads
+from envs.scenario import load_scenario
+from envs.world import World
+
+SCENARIO = "generated:1"
+
+
+@pytest.fixture
+def world():
+    with World() as world:
+        yield world
+
+
+@pytest.fixture
+def started(world):
+    world.reset(load_scenario(SCENARIO), seed=1)
+    return world
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pid: int) -> bool:
+    deadline = time.monotonic() + 20
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not is_alive(pid)
+
+
+def test_a_world_has_one_thread_and_imports_no_heavy_library(started):
+    assert num_threads(started.pid) == 1
+    loaded = Path(f"/proc/{started.pid}/maps").read_text()
+    assert "libsumo" in loaded
+    assert not [name for name in ("libtorch", "_raylet", "/pyarrow/") if name in loaded]
+
+
+def test_same_seed_same_world_other_seed_other_world(started):
+    digests = []
+    for seed in (3, 3, 4):
+        started.reset(load_scenario(SCENARIO), seed=seed)
+        started.drive("random", 200)
+        digests.append(started.step({}))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_time_tells_when_the_window_is_over(started):
+    assert started.time() == (0.0, False)
+    started.reset(replace(load_scenario(SCENARIO), end_s=20.0), seed=1)
+    started.drive("max_wave", 20)
+    assert started.time() == (20.0, True)
+
+
+def test_trips_count_every_vehicle_of_the_window(started):
+    started.drive("max_wave", 300)
+    trips = started.trips()
+    finished, open_ = trips.throughput_veh, trips.unfinished_veh + trips.not_departed_veh
+    assert trips.num_trips == finished + open_ > 20
+    assert trips.queue_veh > 0
+
+
+def test_a_killed_world_died(started):
+    os.kill(started.pid, signal.SIGKILL)
+    with pytest.raises(WorldError) as caught:
+        started.decisions()
+    assert caught.value.cause == "died"
+    assert "-9" in caught.value.detail
+    assert wait_until_gone(started.pid)
+
+
+def test_a_world_that_has_ended_says_so(started):
+    started.close()
+    started.close()
+    with pytest.raises(WorldError) as caught:
+        started.decisions()
+    assert caught.value.cause == "closed"
+
+
+def test_a_hung_simulator_is_a_timeout_and_gone(started):
+    started.timeout_s = 0.3
+    os.kill(started.pid, signal.SIGSTOP)
+    with pytest.raises(WorldError) as caught:
+        started.decisions()
+    assert caught.value.cause == "timeout"
+    assert wait_until_gone(started.pid)
+
+
+def test_a_world_that_is_asked_before_it_starts_is_an_error(world):
+    with pytest.raises(WorldError) as caught:
+        world.decisions()
+    assert caught.value.cause == "simulator"
+
+
+@pytest.mark.parametrize("ending", ["sys.exit()", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_a_world_ends_with_its_parent(ending):
+    program = (
+        "import os, signal, sys\n"
+        "from envs.scenario import load_scenario\n"
+        "from envs.world import World\n"
+        "world = World()\n"
+        f"world.reset(load_scenario({SCENARIO!r}), 1)\n"
+        "print(world.pid, flush=True)\n"
+        f"{ending}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert wait_until_gone(int(done.stdout))
+
+
+@pytest.mark.parametrize("end", [World.close, lambda world: os.kill(world.pid, signal.SIGKILL)])
+def test_a_world_leaves_no_files(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with World() as world:
+        world.reset(load_scenario(SCENARIO), seed=1)
+        world.drive("max_wave", 60)
+        assert list(tmp_path.rglob("trips.xml"))
+        end(world)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_world_kills_what_it_is_busy_with(started, monkeypatch):
+    monkeypatch.setattr("envs.world.EXIT_S", 0.2)
+    started.timeout_s = 0.5
+    scenario = load_scenario("resco:ingolstadt7")
+    started.reset(scenario, seed=1)
+    with pytest.raises(WorldError, match="took longer"):
+        started.drive("lookahead", scenario.end_s)
+    assert wait_until_gone(started.pid)
+
+
+# What users hand us
+
+
+def complaint(world: World, scenario, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        world.reset(scenario, 1, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_broken_net_is_one_sentence_and_the_world_lives_on(world, tmp_path):
+    broken = tmp_path / "broken.net.xml"
+    scenario = load_scenario(SCENARIO)
+    text = Path(scenario.net_file).read_text()
+    broken.write_text(text[: len(text) // 2])
+    assert "broken.net.xml" in complaint(world, replace(scenario, net_file=str(broken)))
+    missing = replace(scenario, net_file=str(tmp_path / "none.net.xml"))
+    assert "none.net.xml" in complaint(world, missing)
+    world.reset(scenario, seed=1)
+    assert world.decisions()
+
+
+def test_routes_of_another_net_are_one_sentence(world):
+    one, other = load_scenario(SCENARIO), load_scenario("resco:cologne1")
+    assert "SUMO cannot load" in complaint(world, replace(one, route_files=other.route_files))
+
+
+def test_a_net_without_a_choice_of_phases_is_one_sentence(world, tmp_path):
+    scenario = load_scenario(SCENARIO)
+    text = Path(scenario.net_file).read_text()
+    start, end = text.index("<tlLogic"), text.index("</tlLogic>")
+    only = text[start:end].splitlines()[:2]
+    net = tmp_path / "single.net.xml"
+    net.write_text(text[:start] + "\n".join(only) + text[end:])
+    assert "two green phases" in complaint(world, replace(scenario, net_file=str(net)))
+
+
+def test_a_step_length_that_misses_whole_seconds_is_one_sentence(world):
+    scenario = load_scenario(SCENARIO)
+    for length in (0.4, 2.0, 0.0):
+        assert "step-length" in complaint(world, replace(scenario, step_length_s=length))
+
+
+def test_an_illegal_action_is_the_callers_mistake(started):
+    (decision,) = started.decisions()
+    with pytest.raises(UserError, match="phase 99 of junction"):
+        started.step({decision.junction.tls_id: 99})
+    assert started.decisions() == (decision,)
