@@ -9,4 +9,5 @@ if [[ ${1:-} == fast ]]; then
     shift
     exec .venv/bin/python -m pytest -m "not vllm and not ray and not e2e and not gpu" "$@"
 fi
+export PYTHONPATH=$PWD/tests/worker_coverage${PYTHONPATH:+:$PYTHONPATH}
 exec .venv/bin/python -m pytest --cov --cov-report=term --cov-fail-under=85 "$@"
