@@ -1,15 +1,15 @@
 """How a junction speaks to a language model, and how an answer becomes an action.
 
 Pure text on both sides; tokens are `rl_ft.render`'s business. A prompt holds only what detectors
-could sense. Numbers come in a fixed order that the instructions explain, so a prompt is short.
+could sense: one line per green phase, its lanes first, then their totals, and last the phase's
+name if it may be chosen now. Every number carries its field's letter, so that a word says by
+itself what it counts.
 
-Example of a prompt's user message:
-    A 7 12: south through+right 2 1 0 0 15, south left yield shared 1 0 0 0 40, north ...
-    B 1 1: south left 1 0 0 0 40, north left empty
-    green A 25
-    choose A B
+Example of a prompt's user message (B runs; both may be chosen):
+    south through+right q2 n1 w15, north through empty: q2 n1 m0 f0 w15 choose A
+    south left shared q1 w40, north left empty: green g25 q1 n0 m0 f0 w40 choose B
 and of an answer:
-    {"phase": "B"}
+    {"phase": "A"}
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from envs.types import Action, Decision, LaneSpec, LaneState, ParseFailure, Turn
 Message = dict[str, str]
 
 INSTRUCTIONS = (
-    "You control a traffic signal. Each line is a green phase: its queued vehicles, its queued "
-    "and approaching vehicles, then every lane it opens with queued vehicles, moving vehicles at "
-    "0-50, 50-100 and 100-200 m, and the seconds its first vehicle has waited. yield: must give "
-    "way. shared: the lane also has turns that this phase does not open. full: the road behind "
-    "the junction is full. Choose the next green phase to keep everyone's delay small. Answer "
-    'with JSON only, like {"phase": "A"}.'
+    "You control a traffic signal. Each line is a green phase: the lanes it opens, then their "
+    "totals. q: queued vehicles; n, m, f: moving vehicles at 0-50, 50-100 and 100-200 m; w: "
+    "seconds the first vehicle has waited (the longest, in totals). yield: must give way. shared: "
+    "the lane also has turns that this phase does not open. full: the road behind the junction is "
+    "full. green: the running phase and its seconds. Choose the next phase to keep everyone's "
+    'delay small. Answer with JSON only, like {"phase": "A"}.'
 )
 
 _SECTORS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
@@ -41,6 +41,17 @@ _TURN_SETS = tuple(
 FULL_BELOW = 0.2
 """Share of free space behind the junction below which a phase is called full."""
 
+COUNTS, DURATIONS = "qnmf", "wg"
+"""Field letters of vehicle counts and of seconds."""
+MAX_COUNT = 99
+
+
+def round_s(seconds: int) -> int:
+    """Durations in steps of 5 s, from a minute on of 15 s, at most 240 s: fewer words to learn."""
+    step = 5 if seconds < 60 else 15
+    return min(240, step * round(seconds / step))
+
+
 VOCABULARY: tuple[str, ...] = (
     "yield",
     "shared",
@@ -48,6 +59,8 @@ VOCABULARY: tuple[str, ...] = (
     "full",
     "green",
     "choose",
+    *(f"{letter}{n}" for letter in COUNTS for n in range(MAX_COUNT + 1)),
+    *(f"{letter}{n}" for letter in DURATIONS for n in sorted({round_s(s) for s in range(241)})),
     *_SECTORS,
     *(f"{sector}{i}" for sector in _SECTORS for i in (2, 3)),
     *_TURN_SETS,
@@ -70,25 +83,27 @@ def messages(decision: Decision, *, instructions: bool = True) -> list[Message]:
 
 
 def observation_text(decision: Decision) -> str:
-    """What the junction sees, one line per phase, then what runs and what may be chosen."""
+    """What the junction sees, one line per phase."""
+    return "\n".join(_phase_text(decision, i) for i in range(len(decision.junction.phases)))
+
+
+def _phase_text(decision: Decision, index: int) -> str:
     junction, observation = decision.junction, decision.observation
-    lines = []
-    for i, phase in enumerate(junction.phases):
-        states = [observation.lanes[lane] for lane in phase.lanes]
-        queue = sum(state.queue_veh for state in states)
-        wave = queue + sum(sum(state.moving_veh) for state in states)
-        full = " full" if observation.downstream_free[i] < FULL_BELOW else ""
-        lanes = ", ".join(
-            _lane_text(junction.lanes[lane], observation.lanes[lane], turns, protected)
-            for lane, turns, protected in zip(
-                phase.lanes, phase.turns, phase.protected, strict=True
-            )
-        )
-        lines.append(f"{phase.name} {queue} {wave}{full}: {lanes}")
-    running = junction.phases[observation.current].name
-    lines.append(f"green {running} {round_s(observation.green_s)}")
-    lines.append(f"choose {' '.join(decision.legal_names())}")
-    return "\n".join(lines)
+    phase = junction.phases[index]
+    states = [observation.lanes[lane] for lane in phase.lanes]
+    lanes = ", ".join(
+        _lane_text(junction.lanes[lane], observation.lanes[lane], turns, protected)
+        for lane, turns, protected in zip(phase.lanes, phase.turns, phase.protected, strict=True)
+    )
+    words = []
+    if observation.downstream_free[index] < FULL_BELOW:
+        words.append("full")
+    if index == observation.current:
+        words.append(f"green g{round_s(observation.green_s)}")
+    words.append(_fields(_total(states)))
+    if index in decision.legal:
+        words.append(f"choose {phase.name}")
+    return f"{lanes}: {' '.join(words)}"
 
 
 def _lane_text(lane: LaneSpec, state: LaneState, turns: Sequence[Turn], protected: bool) -> str:
@@ -97,18 +112,27 @@ def _lane_text(lane: LaneSpec, state: LaneState, turns: Sequence[Turn], protecte
         words.append("yield")
     if set(turns) != set(lane.turns):
         words.append("shared")
-    if state.queue_veh == 0 and not any(state.moving_veh):
-        words.append("empty")
-    else:
-        numbers = (state.queue_veh, *state.moving_veh, round_s(state.first_wait_s))
-        words.extend(str(number) for number in numbers)
+    words.append(_fields(state, skip_zeros=True) or "empty")
     return " ".join(words)
 
 
-def round_s(seconds: int) -> int:
-    """Durations in steps of 5 s, from a minute on of 15 s, at most 240 s: fewer words to learn."""
-    step = 5 if seconds < 60 else 15
-    return min(240, step * round(seconds / step))
+def _total(states: Sequence[LaneState]) -> LaneState:
+    near, mid, far = (sum(state.moving_veh[i] for state in states) for i in range(3))
+    return LaneState(
+        queue_veh=sum(state.queue_veh for state in states),
+        moving_veh=(near, mid, far),
+        first_wait_s=max((state.first_wait_s for state in states), default=0),
+    )
+
+
+def _fields(state: LaneState, *, skip_zeros: bool = False) -> str:
+    counts = (state.queue_veh, *state.moving_veh)
+    values = [*(min(n, MAX_COUNT) for n in counts), round_s(state.first_wait_s)]
+    return " ".join(
+        f"{letter}{value}"
+        for letter, value in zip((*COUNTS, "w"), values, strict=True)
+        if value or not skip_zeros
+    )
 
 
 def answer_text(decision: Decision, action: Action) -> str:

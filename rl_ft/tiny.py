@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MAX_INTEGER = 299
 """Integers up to here are one token each; larger ones are their digits."""
 MAX_POSITION = 2048
+_NUMBER_TOKEN = re.compile(r"([a-z]?)(\d{1,3})")
 ANSWER_OPEN, ANSWER_CLOSE = '{"phase": "', '"}'
 PAD, SYSTEM, USER, ASSISTANT, END = "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, SYSTEM, USER, ASSISTANT, END)
@@ -140,23 +141,28 @@ def _as_bytes(text: str) -> str:
 
 
 def _start_numbers_alike(embeddings: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Replace the rows of integer tokens by a random projection of smooth features of log(1 + n).
+    """Replace the rows of tokens that hold a number by a projection of smooth features of it.
 
-    Neighbouring numbers begin alike, so what is learnt about 17 vehicles holds for 18. Every row
-    keeps the scale of the others.
+    Neighbouring numbers begin alike, so what is learnt about 17 vehicles holds for 18. Plain
+    integers and every field of the dialect (`q17`) have a random projection of their own, a field
+    also a direction that all its numbers share. Rows keep the scale of the others.
     """
     import torch
 
-    features = torch.tensor([_number_features(n) for n in range(MAX_INTEGER + 1)])
-    features = features - features.mean(0)
-    projection = torch.randn(features.shape[1], embeddings.shape[1])
-    rows = features @ projection
-    rows *= embeddings.std() / rows.std(dim=1, keepdim=True)
-    vocabulary = tokenizer.get_vocab()
+    kinds: dict[str, list[tuple[int, int]]] = {}
+    space = _as_bytes(" ")
+    for token, row in sorted(tokenizer.get_vocab().items()):
+        if match := _NUMBER_TOKEN.fullmatch(token.removeprefix(space)):
+            kinds.setdefault(match[1], []).append((int(match[2]), row))
+    every = torch.tensor([_number_features(n) for n in range(MAX_INTEGER + 1)])
     with torch.no_grad():
-        for prefix in ("", _as_bytes(" ")):
-            ids = [vocabulary[f"{prefix}{n}"] for n in range(MAX_INTEGER + 1)]
-            embeddings[torch.tensor(ids)] = rows
+        for kind, found in sorted(kinds.items()):
+            features = every[torch.tensor([number for number, _ in found])] - every.mean(0)
+            projection = torch.randn(features.shape[1], embeddings.shape[1])
+            shared = torch.randn(embeddings.shape[1]) if kind else 0.0
+            rows = features @ projection / math.sqrt(features.shape[1]) + shared
+            rows *= embeddings.std() / rows.std(dim=1, keepdim=True)
+            embeddings[torch.tensor([row for _, row in found])] = rows
 
 
 def _number_features(n: int) -> list[float]:

@@ -45,12 +45,10 @@ def test_the_text_of_a_decision_is_exactly_this():
         free=(0.1, 1.0, 0.2),
     )
     assert observation_text(decision(seen, legal=(0, 2))) == (
-        "A 2 6 full: north through+right 2 1 0 3 15\n"
-        "B 4 4: north left 4 0 0 0 105\n"
-        "C 6 10: north right shared 2 1 0 3 15, north left yield 4 0 0 0 105, "
-        "east through empty\n"
-        "green C 15\n"
-        "choose A C"
+        "north through+right q2 n1 f3 w15: full q2 n1 m0 f3 w15 choose A\n"
+        "north left q4 w105: q4 n0 m0 f0 w105\n"
+        "north right shared q2 n1 f3 w15, north left yield q4 w105, east through empty: "
+        "green g15 q6 n1 m0 f3 w105 choose C"
     )
 
 
