@@ -21,8 +21,9 @@ from envs.world import World
 SCENARIO = "generated:1"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def world():
+    """One that no test kills."""
     with World() as world:
         yield world
 
@@ -31,6 +32,14 @@ def world():
 def started(world):
     world.reset(load_scenario(SCENARIO), seed=1)
     return world
+
+
+@pytest.fixture
+def mortal():
+    """One to kill."""
+    with World() as world:
+        world.reset(load_scenario(SCENARIO), seed=1)
+        yield world
 
 
 def is_alive(pid: int) -> bool:
@@ -79,34 +88,34 @@ def test_trips_count_every_vehicle_of_the_window(started):
     assert trips.queue_veh > 0
 
 
-def test_a_killed_world_died(started):
-    os.kill(started.pid, signal.SIGKILL)
+def test_a_killed_world_died(mortal):
+    os.kill(mortal.pid, signal.SIGKILL)
     with pytest.raises(WorldError) as caught:
-        started.decisions()
+        mortal.decisions()
     assert caught.value.cause == "died"
     assert "-9" in caught.value.detail
-    assert wait_until_gone(started.pid)
+    assert wait_until_gone(mortal.pid)
 
 
-def test_a_world_that_has_ended_says_so(started):
-    started.close()
-    started.close()
+def test_a_world_that_has_ended_says_so(mortal):
+    mortal.close()
+    mortal.close()
     with pytest.raises(WorldError) as caught:
-        started.decisions()
+        mortal.decisions()
     assert caught.value.cause == "closed"
 
 
-def test_a_hung_simulator_is_a_timeout_and_gone(started):
-    started.timeout_s = 0.3
-    os.kill(started.pid, signal.SIGSTOP)
+def test_a_hung_simulator_is_a_timeout_and_gone(mortal):
+    mortal.timeout_s = 0.3
+    os.kill(mortal.pid, signal.SIGSTOP)
     with pytest.raises(WorldError) as caught:
-        started.decisions()
+        mortal.decisions()
     assert caught.value.cause == "timeout"
-    assert wait_until_gone(started.pid)
+    assert wait_until_gone(mortal.pid)
 
 
-def test_a_world_that_is_asked_before_it_starts_is_an_error(world):
-    with pytest.raises(WorldError) as caught:
+def test_a_world_that_is_asked_before_it_starts_is_an_error():
+    with World() as world, pytest.raises(WorldError) as caught:
         world.decisions()
     assert caught.value.cause == "simulator"
 
@@ -137,14 +146,14 @@ def test_a_world_leaves_no_files(tmp_path, monkeypatch, end):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_closed_world_kills_what_it_is_busy_with(started, monkeypatch):
+def test_a_closed_world_kills_what_it_is_busy_with(mortal, monkeypatch):
     monkeypatch.setattr("envs.world.EXIT_S", 0.2)
-    started.timeout_s = 0.5
+    mortal.timeout_s = 0.5
     scenario = load_scenario("resco:ingolstadt7")
-    started.reset(scenario, seed=1)
+    mortal.reset(scenario, seed=1)
     with pytest.raises(WorldError, match="took longer"):
-        started.drive("lookahead", scenario.end_s)
-    assert wait_until_gone(started.pid)
+        mortal.drive("lookahead", scenario.end_s)
+    assert wait_until_gone(mortal.pid)
 
 
 # What users hand us

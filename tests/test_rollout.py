@@ -1,0 +1,305 @@
+"""Rollout: real worlds, a sampler that answers from a list, groups that say what was measured."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from envs import dialect
+from envs.controllers import max_pressure
+from envs.types import Action, Decision
+from rl_ft.advantage import is_zero_variance
+from rl_ft.config import Config
+from rl_ft.dataset import state_id
+from rl_ft.rollout import Collected, Tally, collect_groups, metrics
+from rl_ft.types import Completion
+from rl_ft.worlds import Trial, Tried, WorldPool
+
+NUM_WORLDS = 2
+
+Answer = str | Callable[[Decision], int | str]
+
+
+class Letters:
+    """Every character is a token."""
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        return tuple(ord(c) for m in messages for c in m["content"])
+
+
+class Pool:
+    """The worlds behind the protocol, remembering what they were asked."""
+
+    def __init__(self, pool: WorldPool) -> None:
+        self.pool = pool
+        self.decisions: dict[str, Decision] = {}
+        self.num_rounds = 0
+        self.before_settle: Callable[[], None] = lambda: None
+
+    async def states(self) -> list[Decision | str]:
+        self.num_rounds += 1
+        states = self.pool.states()
+        self.decisions |= {
+            dialect.observation_text(s): s for s in states if isinstance(s, Decision)
+        }
+        return states
+
+    async def settle(self, trials: Sequence[Trial | None]) -> list[Tried | None]:
+        self.before_settle()
+        return self.pool.settle(trials)
+
+
+class Sampler:
+    """Answers each prompt from a list; what is callable there is asked for the phase or text."""
+
+    def __init__(self, worlds: Pool, answers: Sequence[Answer]) -> None:
+        self.worlds, self.answers = worlds, answers
+        self.seeds: list[int] = []
+
+    async def __call__(
+        self, prompts: Sequence[Sequence[int]], *, num_samples: int, seed: int
+    ) -> list[list[Completion]]:
+        assert num_samples == len(self.answers)
+        self.seeds.append(seed)
+        decisions = [self.worlds.decisions["".join(map(chr, ids))] for ids in prompts]
+        return [[self._completion(d, answer) for answer in self.answers] for d in decisions]
+
+    @staticmethod
+    def _completion(decision: Decision, answer: Answer) -> Completion:
+        if not isinstance(answer, str):
+            answer = answer(decision)
+        if not isinstance(answer, str):
+            answer = dialect.answer_text(decision, Action(phase=answer))
+        return Completion(
+            token_ids=tuple(map(ord, answer)),
+            logprobs=(0.0,) * len(answer),
+            text=answer,
+            finish_reason="stop",
+            weights_version=3,
+        )
+
+
+def first(decision: Decision) -> int:
+    return decision.legal[0]
+
+
+def last(decision: Decision) -> int:
+    return decision.legal[-1]
+
+
+def reference(decision: Decision) -> int:
+    return max_pressure(decision).phase
+
+
+def partial_last(decision: Decision) -> str:
+    return f"I take {decision.junction.phases[decision.legal[-1]].name}."
+
+
+@pytest.fixture(scope="module")
+def config(smoke_config: Config) -> Config:
+    rollout = {
+        "warm_up_s": 200.0,
+        "max_refills": 1,
+        "min_queue_veh": 6,
+        "behaviour": smoke_config.rollout.behaviour.model_copy(
+            update={"policy": 1.0, "max_pressure": 0.0, "max_wave": 0.0, "random": 0.0}
+        ),
+    }
+    return smoke_config.model_copy(
+        update={
+            "rollout": smoke_config.rollout.model_copy(update=rollout),
+            "reward": smoke_config.reward.model_copy(update={"horizon_s": 30.0}),
+            "model": smoke_config.model.model_copy(update={"instructions": False}),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def pool(config):
+    pool = WorldPool(config, ("generated:1",), seed=2, num_worlds=NUM_WORLDS)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def worlds(pool) -> Pool:
+    return Pool(pool)
+
+
+def collect(worlds, config, answers, *, quota=4, seed=10) -> tuple[Collected, Sampler]:
+    sampler = Sampler(worlds, answers)
+    grpo = config.grpo.model_copy(update={"num_generations": len(answers)})
+    config = config.model_copy(update={"grpo": grpo})
+    collected = asyncio.run(
+        collect_groups(worlds, sampler, Letters(), config, quota=quota, seed=seed)
+    )
+    return collected, sampler
+
+
+def test_rewards_have_the_order_of_the_measured_costs(worlds, config):
+    collected, _ = collect(worlds, config, [first, last, first, "nothing"])
+    examples = {e["id"]: e for e in collected.examples}
+    compared = 0
+    for group in collected.groups:
+        if group.group_id not in examples:
+            continue
+        costs = examples[group.group_id]["cost_veh_s"]
+        *valid, invalid = group.completions
+        paid = [costs[c.text[11]] for c in valid]
+        for a, b in ((0, 1), (1, 2), (0, 2)):
+            assert (paid[a] < paid[b]) == (group.rewards[a] > group.rewards[b])
+            compared += paid[a] != paid[b]
+        assert group.rewards[-1] < min(group.rewards[:-1])
+        assert invalid.text == "nothing"
+    assert compared
+
+
+def test_a_group_carries_its_prompt_its_version_and_centred_advantages(worlds, config):
+    collected, _ = collect(worlds, config, [first, last])
+    ids = {state_id(d): d for d in worlds.decisions.values()}
+    for group in collected.groups:
+        text = dialect.observation_text(ids[group.group_id])
+        assert "".join(map(chr, group.prompt_ids)) == text
+        assert group.weights_version == 3
+        assert group.valid == (True, True)
+        assert sum(group.advantages) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_strict_partial_and_invalid_answers_are_counted(worlds, config):
+    sampler = [first, "A or B", '{"phase": "Q"}', first]
+    collected, _ = collect(worlds, config, sampler, quota=2)
+    values = metrics(collected.tally)
+    assert values["format/strict_share"] == 0.5
+    assert values["format/partial_share"] == 0.0
+    assert values["format/invalid_share"] == 0.5
+
+
+def test_a_partial_answer_counts_as_one_and_acts_like_a_strict_one(worlds, config):
+    collected, _ = collect(worlds, config, [partial_last, last], quota=2)
+    assert metrics(collected.tally)["format/partial_share"] == 0.5
+    for group in collected.groups:
+        assert group.rewards[1] - group.rewards[0] == pytest.approx(0.5)
+
+
+def test_groups_that_teach_nothing_are_refilled_a_bounded_number_of_times(worlds, config):
+    collected, sampler = collect(worlds, config, [last, last], quota=2)
+    # One round of two worlds fills the quota; `max_refills` bounds what is tried beyond.
+    assert worlds.num_rounds == 1 + config.rollout.max_refills
+    assert len(collected.groups) == 2
+    assert all(is_zero_variance(g.rewards, g.valid) for g in collected.groups)
+    assert all(g.advantages == (0.0, 0.0) for g in collected.groups)
+    assert metrics(collected.tally)["health/zero_variance_share"] == 1.0
+    assert sampler.seeds == [10, 11]
+
+
+def test_groups_that_teach_come_first(worlds, config):
+    collected, _ = collect(worlds, config, [first, last], quota=3)
+    flat = [is_zero_variance(g.rewards, g.valid) for g in collected.groups]
+    assert flat == sorted(flat)
+    assert len(flat) == 3
+
+
+def test_a_failed_world_is_counted_and_never_scored(worlds, config):
+    def kill_once() -> None:
+        os.kill(worlds.pool.pids()[0], signal.SIGKILL)
+        worlds.before_settle = lambda: None
+
+    worlds.before_settle = kill_once
+    collected, _ = collect(worlds, config, [first, last], quota=2)
+    counts = collected.tally.counts
+    assert counts["failed"] == counts["failed/died"] == 1
+    assert counts["groups"] == NUM_WORLDS * worlds.num_rounds - 1
+    assert metrics(collected.tally)["health/failed_share"] == 1 / (NUM_WORLDS * worlds.num_rounds)
+    assert len(collected.groups) == 2
+
+
+def test_worlds_that_all_fail_end_the_collection(config):
+    class Dead:
+        num_rounds = 0
+
+        async def states(self) -> list[str]:
+            self.num_rounds += 1
+            return ["died"] * 2
+
+        async def settle(self, trials: Sequence[Trial | None]) -> list[None]:
+            assert list(trials) == [None, None]
+            return [None, None]
+
+    async def nobody_asks(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    dead = Dead()
+    collected = asyncio.run(collect_groups(dead, nobody_asks, Letters(), config, quota=2, seed=0))
+    assert collected.groups == ()
+    assert metrics(collected.tally)["health/failed_share"] == 1.0
+    assert dead.num_rounds <= 10 * (config.rollout.max_refills + 1) + 1
+
+
+def test_answering_as_max_pressure_gains_nothing_over_it(worlds, config):
+    collected, _ = collect(worlds, config, [reference, reference], quota=4)
+    values = metrics(collected.tally)
+    assert values["reward/gain_over_max_pressure_veh_s"] == 0.0
+    assert values["reward/regret_veh_s"] == 0.0
+    assert values["health/distinct_actions"] == 1.0
+
+
+def test_gain_and_regret_are_differences_of_measured_costs(worlds, config):
+    collected, _ = collect(worlds, config, [last, last], quota=4)
+    gains, regrets = [], []
+    for example in collected.examples:
+        costs = example["cost_veh_s"]
+        chosen = costs.get(example["chosen"], 0.0)
+        gains.append(costs.get(example["teacher"], 0.0) - chosen)
+        regrets.append(chosen - min(costs.values(), default=0.0))
+    values = metrics(collected.tally)
+    assert values["rollout/groups"] == len(collected.examples) == 4
+    assert values["reward/gain_over_max_pressure_veh_s"] == pytest.approx(sum(gains) / 4)
+    assert values["reward/regret_veh_s"] == pytest.approx(sum(regrets) / 4)
+    assert any(gains)
+
+
+def test_executed_branches_agree(worlds, config):
+    collected, _ = collect(worlds, config, [first, last])
+    assert collected.tally.counts["agreed"] > 0
+    assert metrics(collected.tally)["health/branch_disagreements"] == 0.0
+
+
+def test_metrics_have_these_names(worlds, config):
+    collected, _ = collect(worlds, config, [first, last], quota=1)
+    values = metrics(collected.tally)
+    assert values.keys() == {
+        "reward/mean",
+        "reward/gain_over_max_pressure_veh_s",
+        "reward/regret_veh_s",
+        "format/strict_share",
+        "format/partial_share",
+        "format/invalid_share",
+        "health/failed_share",
+        "health/zero_variance_share",
+        "health/distinct_actions",
+        "health/branch_disagreements",
+        "rollout/groups",
+        "time/observe_s",
+        "time/generate_s",
+        "time/branch_s",
+    }
+    assert values["time/branch_s"] > 0
+
+
+def test_tallies_of_several_workers_add_up():
+    one, other = Tally(), Tally()
+    one.counts.update(groups=2, strict=3)
+    other.counts.update(groups=1, failed=1)
+    one.sums.update(reward=-1.5)
+    other.sums.update(reward=0.5)
+    one.add(other)
+    assert one.counts == {"groups": 3, "strict": 3, "failed": 1}
+    assert metrics(one)["reward/mean"] == pytest.approx(-1 / 3)
+
+
+def test_metrics_of_nothing_are_zero():
+    assert set(metrics(Tally()).values()) == {0.0}
