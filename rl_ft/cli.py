@@ -108,6 +108,7 @@ def run(
         from rl_ft.pipeline import run_all
 
         run_all(folder.config, folder)
+        log.info("the report: %s", folder.path("report.html"))
 
 
 @app.command()
