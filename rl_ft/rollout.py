@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from envs import dialect
 from envs.controllers import max_pressure
-from envs.reward import Reward, RewardWeights, cost_veh_s, group_rewards
+from envs.errors import WorldError
+from envs.reward import Reward, cost_veh_s, group_rewards
 from envs.types import Decision, ParseFailure
 from rl_ft.advantage import group_advantages, is_zero_variance
 from rl_ft.config import Config
@@ -101,36 +102,49 @@ class _Asked:
         )
 
 
+Score = Callable[[Decision, Sequence[int | None], Sequence[str], Tried], Sequence[Reward]]
+"""Rewards of one group from the decision, each answer's phase and format, and what was tried."""
+
+
 async def collect_groups(
-    worlds: Worlds, generate: Generate, render: Render, config: Config, *, quota: int, seed: int
+    worlds: Worlds,
+    generate: Generate,
+    render: Render,
+    config: Config,
+    *,
+    quota: int,
+    seed: int,
+    score: Score | None = None,
 ) -> Collected:
     """Rounds of one decision per world until `quota` groups have something to teach.
 
     Groups without variance are refilled for at most `rollout.max_refills` further rounds; what
     is still missing then is filled with them.
     """
+    score = score or traffic_score(config)
     teaching: list[RolloutGroup] = []
     idle: list[RolloutGroup] = []
     tally = Tally()
     examples: list[dict[str, Any]] = []
     rounds = 0
     while len(teaching) < quota:
-        made = await _round(worlds, generate, render, config, seed=seed + rounds, tally=tally)
+        asked = await _round(worlds, generate, render, config, seed=seed + rounds, tally=tally)
         rounds += 1
-        for group, example in made:
+        for question, answer in asked:
+            group, example = _group(question, answer, score, config, tally)
             (idle if is_zero_variance(group.rewards, group.valid) else teaching).append(group)
             examples.append(example)
         if rounds > config.rollout.max_refills and len(teaching) + len(idle) >= quota:
             break
         if rounds > 10 * (config.rollout.max_refills + 1):
-            break
+            raise WorldError("no_groups", f"{rounds} rounds gave {len(teaching)} groups of {quota}")
     groups = (teaching + idle)[:quota]
     return Collected(groups=tuple(groups), tally=tally, examples=tuple(examples[:4]))
 
 
 async def _round(
     worlds: Worlds, generate: Generate, render: Render, config: Config, *, seed: int, tally: Tally
-) -> list[tuple[RolloutGroup, dict[str, Any]]]:
+) -> list[tuple[_Asked, Tried]]:
     start = time.perf_counter()
     states = await worlds.states()
     for state in states:
@@ -154,7 +168,7 @@ async def _round(
         if answer.failure:
             _count_failure(tally, answer.failure)
             continue
-        made.append(_score(question, answer, config, tally))
+        made.append((question, answer))
     return made
 
 
@@ -178,15 +192,14 @@ async def _ask(
     ]
 
 
-def _score(
-    asked: _Asked, tried: Tried, config: Config, tally: Tally
+def _group(
+    asked: _Asked, tried: Tried, score: Score, config: Config, tally: Tally
 ) -> tuple[RolloutGroup, dict[str, Any]]:
     weights = reward_weights(config)
     kinds = [_kind(parsed) for parsed in asked.parsed]
     phases = [p.action.phase if isinstance(p, dialect.Parsed) else None for p in asked.parsed]
     costs = {phase: cost_veh_s(o, weights) for phase, o in tried.outcomes.items()}
-    rewards = _rewards(phases, kinds, tried, weights)
-    totals = [reward.total for reward in rewards]
+    totals = [reward.total for reward in score(asked.decision, phases, kinds, tried)]
     valid = [True] * len(totals)
     group = RolloutGroup(
         group_id=state_id(asked.decision),
@@ -214,15 +227,21 @@ def _score(
     return group, _example(asked, costs)
 
 
-def _rewards(
-    phases: Sequence[int | None], kinds: Sequence[str], tried: Tried, weights: RewardWeights
-) -> tuple[Reward, ...]:
-    if tried.outcomes:
-        outcomes = [None if phase is None else tried.outcomes[phase] for phase in phases]
-        return group_rewards(outcomes, kinds, weights)
-    # One distinct phase, the reference's own, is not simulated: the format alone differs.
-    earned = group_rewards([None] * len(kinds), kinds, weights)
-    return tuple(Reward(traffic=0.0, format=r.format, cost_veh_s=None) for r in earned)
+def traffic_score(config: Config) -> Score:
+    """The reward of the configuration: what each answer cost the traffic, and its format."""
+    weights = reward_weights(config)
+
+    def score(
+        _: Decision, phases: Sequence[int | None], kinds: Sequence[str], tried: Tried
+    ) -> Sequence[Reward]:
+        if tried.outcomes:
+            outcomes = [None if phase is None else tried.outcomes[phase] for phase in phases]
+            return group_rewards(outcomes, kinds, weights)
+        # One distinct phase, the reference's own, is not simulated: the format alone differs.
+        earned = group_rewards([None] * len(kinds), kinds, weights)
+        return [Reward(traffic=0.0, format=r.format, cost_veh_s=None) for r in earned]
+
+    return score
 
 
 def _kind(parsed: dialect.Parsed | ParseFailure) -> str:

@@ -29,7 +29,7 @@ from rl_ft.health import HealthMonitor
 from rl_ft.monitor import LoadSampler, MetricLog
 from rl_ft.parity import UNKNOWN, ParityError
 from rl_ft.render import Renderer
-from rl_ft.rollout import Collected, Tally, collect_groups, metrics
+from rl_ft.rollout import Collected, Score, Tally, collect_groups, metrics
 from rl_ft.run_folder import RunFolder
 from rl_ft.types import RolloutGroup, WeightsRef
 
@@ -70,6 +70,8 @@ class GrpoLoop:
         worlds: Sequence[Any],
         generator: Any,
         record: MetricLog,
+        *,
+        score: Score | None = None,
     ) -> None:
         from rl_ft.actors import BufferActor
 
@@ -77,6 +79,7 @@ class GrpoLoop:
         self._stage = f"grpo/{start}"
         self._model_path = str(folder.path("sft", start))
         self._worlds, self._generator = worlds, generator
+        self._score = score
         self._buffer = BufferActor.remote()
         self._health = HealthMonitor(config)
         self._load = LoadSampler()
@@ -132,6 +135,7 @@ class GrpoLoop:
                     self._config,
                     quota=quota,
                     seed=(self._config.seed * 100_003 + step) * 1_000 + i * 100,
+                    score=self._score,
                 )
                 for i, (actor, quota) in enumerate(zip(self._worlds, quotas, strict=True))
             )
