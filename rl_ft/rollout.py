@@ -23,6 +23,9 @@ from rl_ft.dataset import reward_weights, state_id
 from rl_ft.types import Completion, RolloutGroup
 from rl_ft.worlds import Trial, Tried
 
+MAX_EMPTY_ROUNDS = 10
+"""Rounds in a row in which every world failed, after which none is expected to recover."""
+
 ADVANTAGE_FLOOR = 1.0
 """The traffic term is already divided by the group's deviation: divide by it once only."""
 
@@ -120,24 +123,29 @@ async def collect_groups(
 
     Groups without variance are refilled for at most `rollout.max_refills` further rounds; what
     is still missing then is filled with them.
+
+    Raises:
+        WorldError: every world failed, again and again.
     """
     score = score or traffic_score(config)
     teaching: list[RolloutGroup] = []
     idle: list[RolloutGroup] = []
     tally = Tally()
     examples: list[dict[str, Any]] = []
-    rounds = 0
+    rounds = num_empty = 0
     while len(teaching) < quota:
         asked = await _round(worlds, generate, render, config, seed=seed + rounds, tally=tally)
         rounds += 1
+        num_empty = 0 if asked else num_empty + 1
+        if num_empty == MAX_EMPTY_ROUNDS:
+            causes = ", ".join(sorted(k for k in tally.counts if k.startswith("failed/")))
+            raise WorldError("no_groups", f"every world failed {num_empty} times: {causes}")
         for question, answer in asked:
             group, example = _group(question, answer, score, config, tally)
             (idle if is_zero_variance(group.rewards, group.valid) else teaching).append(group)
             examples.append(example)
         if rounds > config.rollout.max_refills and len(teaching) + len(idle) >= quota:
             break
-        if rounds > 10 * (config.rollout.max_refills + 1):
-            raise WorldError("no_groups", f"{rounds} rounds gave {len(teaching)} groups of {quota}")
     groups = (teaching + idle)[:quota]
     return Collected(groups=tuple(groups), tally=tally, examples=tuple(examples[:4]))
 

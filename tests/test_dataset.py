@@ -22,7 +22,7 @@ def config(smoke_config) -> Config:
     small = {
         "num_states": NUM_STATES,
         "num_eval_states": NUM_EVAL,
-        "states_per_episode": 8,
+        "states_per_episode": 10,
         "teachers": ("max_pressure", "lookahead"),
     }
     return smoke_config.model_copy(

@@ -11,11 +11,13 @@ import pytest
 
 from envs import dialect
 from envs.controllers import max_pressure
+from envs.errors import WorldError
+from envs.reward import Reward
 from envs.types import Action, Decision
 from rl_ft.advantage import is_zero_variance
 from rl_ft.config import Config
 from rl_ft.dataset import state_id
-from rl_ft.rollout import Collected, Tally, collect_groups, metrics
+from rl_ft.rollout import MAX_EMPTY_ROUNDS, Collected, Tally, collect_groups, metrics
 from rl_ft.types import Completion
 from rl_ft.worlds import Trial, Tried, WorldPool
 
@@ -130,12 +132,12 @@ def worlds(pool) -> Pool:
     return Pool(pool)
 
 
-def collect(worlds, config, answers, *, quota=4, seed=10) -> tuple[Collected, Sampler]:
+def collect(worlds, config, answers, *, quota=4, seed=10, score=None) -> tuple[Collected, Sampler]:
     sampler = Sampler(worlds, answers)
     grpo = config.grpo.model_copy(update={"num_generations": len(answers)})
     config = config.model_copy(update={"grpo": grpo})
     collected = asyncio.run(
-        collect_groups(worlds, sampler, Letters(), config, quota=quota, seed=seed)
+        collect_groups(worlds, sampler, Letters(), config, quota=quota, seed=seed, score=score)
     )
     return collected, sampler
 
@@ -233,10 +235,30 @@ def test_worlds_that_all_fail_end_the_collection(config):
         raise AssertionError
 
     dead = Dead()
-    collected = asyncio.run(collect_groups(dead, nobody_asks, Letters(), config, quota=2, seed=0))
-    assert collected.groups == ()
-    assert metrics(collected.tally)["health/failed_share"] == 1.0
-    assert dead.num_rounds <= 10 * (config.rollout.max_refills + 1) + 1
+    with pytest.raises(WorldError, match="failed/died") as caught:
+        asyncio.run(collect_groups(dead, nobody_asks, Letters(), config, quota=2, seed=0))
+    assert caught.value.cause == "no_groups"
+    assert dead.num_rounds == MAX_EMPTY_ROUNDS
+
+
+def test_a_few_worlds_may_take_many_rounds(worlds, config):
+    rollout = config.rollout.model_copy(update={"max_refills": 0})
+    patient = config.model_copy(update={"rollout": rollout})
+    quota = NUM_WORLDS * (MAX_EMPTY_ROUNDS + 2)
+    collected, _ = collect(worlds, patient, [reference, reference], quota=quota)
+    assert len(collected.groups) == quota
+
+
+def test_another_score_replaces_the_measured_one(worlds, config):
+    def first_is_right(decision, phases, kinds, tried) -> list[Reward]:
+        assert len(phases) == len(kinds) == 2
+        return [
+            Reward(traffic=float(p == decision.legal[0]), format=0.0, cost_veh_s=None)
+            for p in phases
+        ]
+
+    collected, _ = collect(worlds, config, [first, last], quota=2, score=first_is_right)
+    assert [group.rewards for group in collected.groups] == [(1.0, 0.0)] * 2
 
 
 def test_answering_as_max_pressure_gains_nothing_over_it(worlds, config):
