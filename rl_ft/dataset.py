@@ -99,7 +99,7 @@ def _walk(config: Config, world: World, name: str, seed: int) -> Iterator[Row]:
     prepare = config.prepare
     rng = random.Random(f"{name}/{seed}")
     scenario = load_scenario(name)
-    world.reset(scenario, seed)
+    world.reset(scenario, seed, naming_seed=seed)
     time_s = scenario.begin_s
     driver, driver_until_s = draw_driver(prepare.behaviour, rng), time_s
     warm_s = time_s + prepare.warm_up_s

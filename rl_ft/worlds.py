@@ -134,7 +134,8 @@ class WorldPool:
         begin_s = scenario.begin_s + offset + self._rollout.warm_up_s
         episode = _Episode(world, min(scenario.end_s, begin_s + self._rollout.episode_s))
         self._episodes[index] = episode
-        world.reset(scenario, rng.randrange(1, 2**31))
+        seed = rng.randrange(1, 2**31)
+        world.reset(scenario, seed, naming_seed=seed)
         world.drive(rng.choice(("max_pressure", "max_wave")), begin_s)
         return episode
 
