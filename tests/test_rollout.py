@@ -12,7 +12,6 @@ import pytest
 from envs import dialect
 from envs.controllers import max_pressure
 from envs.errors import WorldError
-from envs.errors import WorldError
 from envs.reward import Reward
 from envs.types import Action, Decision
 from rl_ft.advantage import is_zero_variance
