@@ -176,9 +176,17 @@ def start_actors(
     config: Config, model_path: str, scenarios: Sequence[str]
 ) -> tuple[list[Any], Any]:
     """World actors and the generator, with the resources the configuration declares."""
+    generator = GeneratorActor.options(num_cpus=config.ray.cpus_per_generator).remote(
+        model_path, config, config.seed
+    )
+    return start_worlds(config, scenarios), generator
+
+
+def start_worlds(config: Config, scenarios: Sequence[str]) -> list[Any]:
+    """World actors that share `rollout.num_worlds` simulations."""
     settings = config.ray
     share, rest = divmod(config.rollout.num_worlds, settings.num_world_actors)
-    worlds = [
+    return [
         WorldActor.options(num_cpus=settings.cpus_per_world_actor).remote(
             config,
             list(scenarios),
@@ -187,10 +195,6 @@ def start_actors(
         )
         for i in range(settings.num_world_actors)
     ]
-    generator = GeneratorActor.options(num_cpus=settings.cpus_per_generator).remote(
-        model_path, config, config.seed
-    )
-    return worlds, generator
 
 
 WorldActor = ray.remote(WorldPool)

@@ -108,15 +108,26 @@ class GrpoLoop:
             started = time.perf_counter()
             await self._generator.load.remote(ref)
             sync_s = time.perf_counter() - started
-            if sequence == 1:
-                self._record.rewind(self._stage, ref.version)
             await self._take_metrics()
+            if len(self._refs) == 1 or ref.version <= self._refs[0].version:
+                self._go_on_from(ref)
             if ref.version >= self._config.grpo.max_steps:
                 break
             await self._collect(ref.version, sync_s)
         await asyncio.wrap_future(learner)
         await self._take_metrics()
         self._save_model(self._refs[-1])
+
+    def _go_on_from(self, ref: WeightsRef) -> None:
+        """A learner has begun, or begun again: what comes after its checkpoint is made anew."""
+        self._record.rewind(self._stage, ref.version)
+        log.info(
+            "%s: from step %d of %d, weights %s",
+            self._stage,
+            ref.version,
+            self._config.grpo.max_steps,
+            ref.digest[:12],
+        )
 
     async def _collect(self, step: int, sync_s: float) -> None:
         """The groups of one step, admitted to the buffer."""
