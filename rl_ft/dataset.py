@@ -13,7 +13,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ def prepare(config: Config, folder: RunFolder) -> None:
     rows = collect_rows(config)
     train, held_back = rows[: config.prepare.num_states], rows[config.prepare.num_states :]
     for teacher in config.prepare.teachers:
-        for name, part in (("sft", train), ("eval", held_back)):
+        lessons = by_worth(train, config.seed) if teacher == "lookahead" else train
+        for name, part in (("sft", lessons), ("eval", held_back)):
             _write_rows(data / f"{name}_{teacher}.jsonl", part, teacher)
     log.info("prepared %d training and %d evaluation states", len(train), len(held_back))
 
@@ -88,6 +89,16 @@ def collect_rows(config: Config) -> list[Row]:
         )
     random.Random(config.seed).shuffle(rows)
     return rows[:wanted]
+
+
+def by_worth(rows: Sequence[Row], seed: int) -> list[Row]:
+    """As many rows, drawn in proportion to what the right choice saves at each.
+
+    Where all phases cost nearly the same, the cheapest is decided by chance and teaches noise.
+    """
+    costs = [list(row["cost_veh_s"].values()) for row in rows]
+    weights = [sum(found) / len(found) - min(found) + 1.0 for found in costs]
+    return random.Random(seed).choices(list(rows), weights=weights, k=len(rows))
 
 
 def _episode_rows(config: Config, name: str, seed: int) -> list[Row]:

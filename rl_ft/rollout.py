@@ -132,7 +132,7 @@ async def collect_groups(
     idle: list[RolloutGroup] = []
     tally = Tally()
     examples: list[dict[str, Any]] = []
-    rounds = num_empty = 0
+    rounds = num_refills = num_empty = 0
     while len(teaching) < quota:
         asked = await _round(worlds, generate, render, config, seed=seed + rounds, tally=tally)
         rounds += 1
@@ -144,8 +144,10 @@ async def collect_groups(
             group, example = _group(question, answer, score, config, tally)
             (idle if is_zero_variance(group.rewards, group.valid) else teaching).append(group)
             examples.append(example)
-        if rounds > config.rollout.max_refills and len(teaching) + len(idle) >= quota:
-            break
+        if len(teaching) + len(idle) >= quota:
+            if num_refills == config.rollout.max_refills:
+                break
+            num_refills += 1
     groups = (teaching + idle)[:quota]
     return Collected(groups=tuple(groups), tally=tally, examples=tuple(examples[:4]))
 

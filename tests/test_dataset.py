@@ -11,7 +11,7 @@ import pytest
 
 from envs.errors import UserError
 from rl_ft.config import Config
-from rl_ft.dataset import collect_rows, prepare, prepare_model
+from rl_ft.dataset import by_worth, collect_rows, prepare, prepare_model
 from rl_ft.run_folder import RunFolder
 
 NUM_STATES, NUM_EVAL = 6, 2
@@ -90,6 +90,17 @@ def test_a_model_folder_is_copied(config, tmp_path):
     assert (copied / "config.json").read_text() == "{}"
 
 
+def test_lessons_are_drawn_where_the_choice_matters():
+    rows = [
+        {"id": "idle", "cost_veh_s": {"A": 10.0, "B": 10.0}},
+        {"id": "busy", "cost_veh_s": {"A": 10.0, "B": 810.0}},
+    ]
+    drawn = [row["id"] for row in by_worth(rows * 200, seed=1)]
+    assert len(drawn) == 400
+    assert drawn.count("busy") > 380
+    assert drawn == [row["id"] for row in by_worth(rows * 200, seed=1)]
+
+
 def test_prepare_writes_the_rows_of_each_teacher_and_the_model(rows, config, tmp_path, monkeypatch):
     monkeypatch.setattr("rl_ft.dataset.collect_rows", lambda _: rows)
     folder = RunFolder.create(tmp_path / "run", config, resume=False)
@@ -100,8 +111,10 @@ def test_prepare_writes_the_rows_of_each_teacher_and_the_model(rows, config, tmp
             lines = folder.path("data").joinpath(f"{name}_{teacher}.jsonl").read_text().splitlines()
             assert len(lines) == expected
             written += map(json.loads, lines)
-        assert [row["id"] for row in written] == [row["id"] for row in rows]
-        assert [row["answer"] for row in written] == [row["answers"][teacher] for row in rows]
+        by_id = {row["id"]: row for row in rows}
+        assert all(row["answer"] == by_id[row["id"]]["answers"][teacher] for row in written)
+        if teacher == "max_pressure":
+            assert [row["id"] for row in written] == list(by_id)
         assert all("answers" not in row for row in written)
     assert (folder.path("model") / "config.json").is_file()
     folder.finish("finished")

@@ -40,7 +40,7 @@ def test_without_a_recipe_there_are_the_defaults():
 
 def test_overrides_come_after_the_recipe_and_the_seed_after_them():
     config = load_config("smoke", ["grpo.max_steps=7", "seed=5"], seed=9)
-    assert (config.grpo.max_steps, config.seed, config.sft.num_train_epochs) == (7, 9, 2.0)
+    assert (config.grpo.max_steps, config.seed, config.grpo.num_generations) == (7, 9, 4)
 
 
 def test_the_last_override_of_a_key_wins():

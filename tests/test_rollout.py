@@ -270,6 +270,8 @@ def test_answering_as_max_pressure_gains_nothing_over_it(worlds, config):
 
 
 def test_gain_and_regret_are_differences_of_measured_costs(worlds, config):
+    rollout = config.rollout.model_copy(update={"max_refills": 0})
+    config = config.model_copy(update={"rollout": rollout})
     collected, _ = collect(worlds, config, [last, last], quota=4)
     gains, regrets = [], []
     for example in collected.examples:
