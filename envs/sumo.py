@@ -343,14 +343,22 @@ def _sight(lane: LaneSpec) -> tuple[LaneState, set[str]]:
 
 
 def _downstream(lanes: Sequence[str]) -> tuple[float, int]:
-    """Smallest share of free space, and halting vehicles, on the lanes a phase leads into."""
+    """What is behind the junction: smallest share of free space, and halting vehicles nearby.
+
+    A queue further down the road belongs to the next signal. Counting it as pressure, at any
+    distance, more than doubles max-pressure's delay on RESCO's cologne8.
+    """
     free, queue = 1.0, 0
+    vehicle = libsumo.vehicle
     for lane in lanes:
-        num_veh = libsumo.lane.getLastStepVehicleNumber(lane)
-        if num_veh:
+        present = libsumo.lane.getLastStepVehicleIDs(lane)
+        if present:
             room = max(1.0, libsumo.lane.getLength(lane) / VEHICLE_SPACE_M)
-            free = min(free, max(0.0, 1.0 - num_veh / room))
-            queue += libsumo.lane.getLastStepHaltingNumber(lane)
+            free = min(free, max(0.0, 1.0 - len(present) / room))
+            queue += sum(
+                vehicle.getLanePosition(v) < NEAR_M and vehicle.getSpeed(v) < HALTING_MPS
+                for v in present
+            )
     return free, queue
 
 

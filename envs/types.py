@@ -123,7 +123,7 @@ class Observation:
     downstream_free: tuple[float, ...]
     """For each phase: smallest share of free space on the lanes it leads into, 0..1."""
     downstream_queue_veh: tuple[int, ...]
-    """For each phase: halting vehicles on the lanes it leads into."""
+    """For each phase: vehicles that halt within 50 m behind the junction, where it leads."""
     current: int
     """Index of the running green phase."""
     green_s: int
