@@ -1,0 +1,237 @@
+"""The loop for real, worlds, vLLM, Ray Train and TRL, on a model that is trained in seconds."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+
+import pytest
+import ray
+from loop_case import (
+    START,
+    FirstLegal,
+    num_logged,
+    run_loop,
+    train_worker_pids,
+    wait_for,
+)
+
+from rl_ft.parity import NO_OP_SYNC, ParityError
+from rl_ft.weights import digest, read_folder
+
+pytestmark = pytest.mark.e2e
+
+SHORT = ("grpo.max_steps=3", "grpo.learning_rate=0.002", "grpo.save_steps=3")
+TOY_STEPS = 30
+TOY = (
+    f"grpo.max_steps={TOY_STEPS}",
+    "grpo.learning_rate=0.002",
+    "grpo.warmup_steps=2",
+    "grpo.save_steps=4",
+    "rollout.num_states=16",
+    "rollout.num_worlds=8",
+    # A policy that keeps one phase green would soon find it illegal, and sure of it never learn.
+    "rollout.behaviour.policy=0",
+    "reward.horizon_s=10",
+)
+WALL_CLOCK = ("time/", "system/")
+
+
+@pytest.fixture(scope="module")
+def start_digest(prepared):
+    return digest(read_folder(prepared / "sft" / START))
+
+
+# ---- same seed, same run
+
+
+@pytest.fixture(scope="module")
+def twins(prepared, generator, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("twins")
+    return [run_loop(prepared, folder / name, generator, *SHORT) for name in ("one", "two")]
+
+
+def measured(run):
+    """Every step's figures but those of the clock and the machine."""
+    return [
+        {
+            name: value
+            for name, value in step["values"].items()
+            if not name.startswith(WALL_CLOCK)
+            and not (name.startswith("learner/") and name.endswith("_s"))
+        }
+        for step in run.steps
+    ]
+
+
+def test_the_loop_reaches_its_last_step(twins):
+    assert [run.error for run in twins] == [None, None]
+    assert [run.step_numbers for run in twins] == [[1, 2, 3], [1, 2, 3]]
+
+
+def test_two_runs_with_one_seed_measure_the_same(twins):
+    one, two = map(measured, twins)
+    assert one == two
+
+
+def test_two_runs_with_one_seed_end_with_the_same_weights(twins):
+    assert twins[0].final_digest == twins[1].final_digest
+
+
+def test_training_moves_the_weights(twins, start_digest):
+    assert twins[0].final_digest != start_digest
+
+
+def test_the_sampler_gets_every_version_once_and_in_order(twins):
+    assert [version for version, _ in twins[0].loaded] == [0, 1, 2, 3]
+
+
+def test_the_saved_model_is_the_last_version(twins):
+    assert twins[0].final_digest == twins[0].loaded[-1][1]
+
+
+def test_trainer_and_sampler_agree_while_the_weights_move(twins):
+    assert max(twins[0].values("mismatch/mean_abs_logp_diff")) < 1e-4
+
+
+def test_groups_differ_in_reward_and_losses_are_finite(twins):
+    assert all(map(math.isfinite, twins[0].values("loss")))
+    assert min(twins[0].values("health/zero_variance_share")) < 1
+    assert max(twins[0].values("grad_norm")) > 0
+
+
+def test_the_branch_of_the_executed_action_is_what_then_happens(twins):
+    assert twins[0].values("health/branch_disagreements") == [0, 0, 0]
+
+
+# ---- nothing to learn, and a world that dies
+
+
+@pytest.fixture(scope="module")
+def still(prepared, generator, tmp_path_factory):
+    """Learning rate 0; a world is killed after the first step."""
+
+    def kill_a_world(root, worlds):
+        wait_for(lambda: num_logged(root) >= 1)
+        [pid, *_] = ray.get(worlds[0].pids.remote())
+        os.kill(pid, signal.SIGKILL)
+
+    return run_loop(
+        prepared,
+        tmp_path_factory.mktemp("still") / "run",
+        generator,
+        "grpo.max_steps=4",
+        "grpo.learning_rate=0",
+        "grpo.save_steps=4",
+        "ray.num_world_actors=2",
+        meanwhile=kill_a_world,
+    )
+
+
+def test_a_learning_rate_of_zero_moves_nothing(still, start_digest):
+    assert {weights for _, weights in still.loaded} == {start_digest}
+    assert still.final_digest == start_digest
+
+
+def test_without_learning_the_mismatch_stays_flat(still):
+    mismatch = still.values("mismatch/mean_abs_logp_diff")
+    assert max(mismatch) < 1e-4
+    assert max(mismatch) - min(mismatch) < 1e-5
+
+
+def test_a_killed_world_does_not_end_the_run(still):
+    assert still.error is None
+    assert still.step_numbers == [1, 2, 3, 4]
+
+
+def test_a_killed_world_is_counted_and_replaced(still):
+    failed = still.values("health/failed_share")
+    assert failed[0] == 0
+    assert sum(share > 0 for share in failed) == 1
+
+
+def test_a_killed_world_is_never_scored(still):
+    """Every decision is either a group or a failure: each actor asks its two worlds at a time."""
+    for step in still.steps:
+        groups, share = step["values"]["rollout/groups"], step["values"]["health/failed_share"]
+        failed = share * groups / (1 - share)
+        assert failed == pytest.approx(round(failed))
+        assert round(groups + failed) % 2 == 0
+
+
+# ---- something to learn, and a learner that dies
+
+
+@pytest.fixture(scope="module")
+def toy(prepared, generator, tmp_path_factory):
+    """Rewarded for the first legal phase; the learner's process is killed on the way."""
+    score = FirstLegal()
+
+    def kill_the_learner(root, _):
+        wait_for(lambda: num_logged(root) >= 6)
+        [pid] = train_worker_pids()
+        os.kill(pid, signal.SIGKILL)
+
+    run = run_loop(
+        prepared,
+        tmp_path_factory.mktemp("toy") / "run",
+        generator,
+        *TOY,
+        score=score,
+        meanwhile=kill_the_learner,
+    )
+    return run, score.hits
+
+
+def hit_share(hits):
+    return sum(hits) / len(hits)
+
+
+def test_a_killed_learner_goes_on_to_the_last_step(toy):
+    run, _ = toy
+    assert run.error is None
+    assert run.step_numbers == list(range(1, TOY_STEPS + 1))
+
+
+def test_a_killed_learner_goes_on_from_its_checkpoint_and_so_does_the_sampler(toy):
+    run, _ = toy
+    versions = [version for version, _ in run.loaded]
+    [again] = [i for i in range(1, len(versions)) if versions[i] <= versions[i - 1]]
+    version, weights = run.loaded[again]
+    assert version in (4, 8)
+    assert dict(run.loaded[:again])[version] == weights
+
+
+def test_a_toy_reward_is_learnt_by_the_real_path(toy):
+    _, hits = toy
+    last_steps = 3 * 16 * 8
+    assert hit_share(hits[:128]) < 0.7
+    assert hit_share(hits[-last_steps:]) > 0.95
+
+
+# ---- the gate
+
+
+@pytest.fixture(scope="module")
+def unsynced(prepared, generator, tmp_path_factory):
+    """The sync does nothing, without a word, from the first step on."""
+
+    ray.get(generator.break_after.remote(0))
+    try:
+        return run_loop(prepared, tmp_path_factory.mktemp("gate") / "run", generator, *SHORT)
+    finally:
+        ray.get(generator.break_after.remote(None))
+
+
+def test_a_sync_that_does_nothing_stops_the_run_within_one_step(unsynced):
+    assert isinstance(unsynced.error, ParityError)
+    assert unsynced.step_numbers == [1]
+
+
+def test_the_cause_of_a_sync_that_does_nothing_is_named(unsynced):
+    assert unsynced.error.cause == NO_OP_SYNC
+
+
+def test_nothing_is_updated_on_groups_of_other_weights(unsynced):
+    assert [version for version, _ in unsynced.loaded] == [0, 1]
