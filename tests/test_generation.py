@@ -161,10 +161,13 @@ def test_a_greedy_answer_is_asked_for_once(generator):
 
 
 def test_a_gpu_gets_half_precision_and_chunked_prefill_unless_runs_must_repeat():
-    seeded = CONFIG.model_copy(
-        update={"generation": CONFIG.generation.model_copy(update={"reproducible": True})}
+    free, seeded = (
+        CONFIG.model_copy(
+            update={"generation": CONFIG.generation.model_copy(update={"reproducible": repeat})}
+        )
+        for repeat in (False, True)
     )
-    settings = _engine_settings(CONFIG, cuda=True)
+    settings = _engine_settings(free, cuda=True)
     assert settings["dtype"] == "bfloat16"
     assert not {"enforce_eager", "enable_chunked_prefill"} & settings.keys()
     assert _engine_settings(seeded, cuda=True)["enable_chunked_prefill"] is False

@@ -10,7 +10,7 @@ from rl_ft.health import HealthError, HealthMonitor
 BUDGETS = {
     "health/failed_share": 0.2,
     "format/invalid_share": 0.5,
-    "health/zero_variance_share": 0.9,
+    "health/zero_variance_share": 0.98,
 }
 
 
