@@ -161,7 +161,7 @@ class GrpoConfig(Section):
     epsilon: float = 0.2
     epsilon_high: float = 0.28
     beta: float = 0.0
-    entropy_coef: float = Field(0.01, ge=0)
+    entropy_coef: float = Field(0.0, ge=0)
     groups_per_micro_batch: int = Field(16, gt=0)
     gradient_checkpointing: bool = False
     """Trades time for memory: for models that do not fit otherwise."""
