@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before anything is imported: threads, network and authentication are settled at import time.
 os.environ |= {
@@ -23,6 +24,10 @@ import pytest
 from rl_ft.config import Config
 from rl_ft.recipe import load_config
 from rl_ft.run_folder import RunFolder
+
+# A test run that was started in the background would hand an ignored SIGINT down to the commands
+# that it interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
