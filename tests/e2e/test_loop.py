@@ -26,12 +26,13 @@ SHORT = ("grpo.max_steps=3", "grpo.learning_rate=0.002", "grpo.save_steps=3")
 TOY_STEPS = 30
 TOY = (
     f"grpo.max_steps={TOY_STEPS}",
-    "grpo.learning_rate=0.002",
+    "grpo.learning_rate=0.003",
     "grpo.warmup_steps=2",
     "grpo.save_steps=4",
     "rollout.num_states=16",
     "rollout.num_worlds=8",
-    # A policy that keeps one phase green would soon find it illegal, and sure of it never learn.
+    # Where its first phase is hardly ever illegal: what is rare is not learnt in so few steps.
+    'scenarios.train=["generated:2"]',
     "rollout.behaviour.policy=0",
     "reward.horizon_s=10",
 )
@@ -205,9 +206,9 @@ def test_a_killed_learner_goes_on_from_its_checkpoint_and_so_does_the_sampler(to
 
 def test_a_toy_reward_is_learnt_by_the_real_path(toy):
     _, hits = toy
-    last_steps = 3 * 16 * 8
-    assert hit_share(hits[:128]) < 0.7
-    assert hit_share(hits[-last_steps:]) > 0.95
+    per_step = 16 * 8
+    assert hit_share(hits[:per_step]) < 0.7
+    assert hit_share(hits[-5 * per_step :]) > 0.95
 
 
 # ---- the gate
