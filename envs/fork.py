@@ -38,7 +38,7 @@ def fork_map(
 
 
 def _assert_single_threaded() -> None:
-    threads = len(os.listdir("/proc/self/task"))
+    threads = num_threads(os.getpid())
     if threads != 1:
         raise WorldError("threads", f"a process with {threads} threads cannot be forked exactly")
 

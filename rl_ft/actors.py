@@ -19,7 +19,7 @@ from rl_ft.buffer import GroupBuffer
 from rl_ft.config import Config
 from rl_ft.parity import MismatchGate, ParityError
 from rl_ft.types import Completion, RolloutGroup, WeightsRef
-from rl_ft.worlds import Trial, Tried, WorldPool
+from rl_ft.worlds import Trial, Tried, WorldPool, shares
 
 
 class RemoteWorlds:
@@ -185,15 +185,15 @@ def start_actors(
 def start_worlds(config: Config, scenarios: Sequence[str]) -> list[Any]:
     """World actors that share `rollout.num_worlds` simulations."""
     settings = config.ray
-    share, rest = divmod(config.rollout.num_worlds, settings.num_world_actors)
+    num_worlds = shares(config.rollout.num_worlds, settings.num_world_actors)
     return [
         WorldActor.options(num_cpus=settings.cpus_per_world_actor).remote(
             config,
             list(scenarios),
             seed=config.seed * 1_000 + i,
-            num_worlds=share + (i < rest),
+            num_worlds=share,
         )
-        for i in range(settings.num_world_actors)
+        for i, share in enumerate(num_worlds)
     ]
 
 

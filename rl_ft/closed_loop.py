@@ -68,13 +68,13 @@ class _Seat:
         self.job = job
         self._policy, self._config = policy, config
         self._world = World(timeout_s=WORLD_TIMEOUT_S)
-        self._end_s = load_scenario(job.scenario).end_s
+        self._scenario = load_scenario(job.scenario)
         self._counts = {"decisions": 0, "invalid_answers": 0, "partial_answers": 0, "fallbacks": 0}
         self.decisions: tuple[Decision, ...] = ()
         self.episode: Episode | None = None
 
     def start(self) -> None:
-        self._world.reset(load_scenario(self.job.scenario), self.job.seed)
+        self._world.reset(self._scenario, self.job.seed)
         self.decisions = self._world.decisions()
 
     def advance(self, answers: Sequence[str | None]) -> None:
@@ -83,17 +83,14 @@ class _Seat:
         self._world.step(
             {d.junction.tls_id: phase for d, phase in zip(self.decisions, chosen, strict=True)}
         )
-        if self.decisions[0].observation.time_s + self._interval_s >= self._end_s:
+        interval_s = self._scenario.timing.decision_interval_s
+        if self.decisions[0].observation.time_s + interval_s >= self._scenario.end_s:
             self.episode = Episode(
                 policy=self._policy, job=self.job, trips=self._world.trips(), **self._counts
             )
             self._world.close()
         else:
             self.decisions = self._world.decisions()
-
-    @property
-    def _interval_s(self) -> float:
-        return load_scenario(self.job.scenario).timing.decision_interval_s
 
     def _phase(self, decision: Decision, answer: str | None) -> int:
         if answer is None:

@@ -32,6 +32,7 @@ from rl_ft.render import Renderer
 from rl_ft.rollout import Collected, Score, Tally, collect_groups, metrics
 from rl_ft.run_folder import RunFolder
 from rl_ft.types import RolloutGroup, WeightsRef
+from rl_ft.worlds import shares
 
 log = logging.getLogger(__name__)
 
@@ -135,8 +136,7 @@ class GrpoLoop:
 
         started = time.perf_counter()
         generate = RemoteGenerate(self._generator, self._config)
-        num_actors = len(self._worlds)
-        quotas = [len(part) for part in _split(self._config.rollout.num_states, num_actors)]
+        quotas = shares(self._config.rollout.num_states, len(self._worlds))
         parts: list[Collected] = await asyncio.gather(
             *(
                 collect_groups(
@@ -288,11 +288,6 @@ class GrpoLoop:
         from rl_ft.weights import fetch, save_folder
 
         save_folder(fetch(ref, ray.get), self._model_path, self._folder.path(self._stage, "model"))
-
-
-def _split(total: int, parts: int) -> list[range]:
-    share, rest = divmod(total, parts)
-    return [range(share + (i < rest)) for i in range(parts)]
 
 
 def _stop(worlds: Sequence[Any], generator: Any) -> None:

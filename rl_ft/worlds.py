@@ -199,3 +199,9 @@ def draw_driver(behaviour: BehaviourConfig, rng: random.Random) -> str:
     """One of the behaviours, with its share."""
     shares = behaviour.model_dump(exclude={"swap_interval_s"})
     return rng.choices(list(shares), weights=list(shares.values()))[0]
+
+
+def shares(total: int, parts: int) -> list[int]:
+    """The total in whole parts that differ by one at most, the larger ones first."""
+    share, rest = divmod(total, parts)
+    return [share + (i < rest) for i in range(parts)]
