@@ -171,6 +171,11 @@ class LearnerLink:
         """Metrics of a finished step."""
         ray.get(self._buffer.report.remote(step, values))
 
+    def await_record(self, step: int) -> None:
+        """Until the metrics of a finished step are on disk."""
+        if not ray.get(self._buffer.recorded.remote(step, self.WAIT_S)):
+            raise TimeoutError(f"step {step} was not recorded within {self.WAIT_S:g} s")
+
 
 def start_actors(
     config: Config, model_path: str, scenarios: Sequence[str]

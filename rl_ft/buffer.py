@@ -26,6 +26,7 @@ class GroupBuffer:
         self._weights: WeightsRef | None = None
         self._sequence = 0
         self._metrics: list[tuple[int, dict[str, float]]] = []
+        self._recorded: int | None = None
         self._mismatch: tuple[int, float] | None = None
         self._changed = asyncio.Condition()
 
@@ -71,6 +72,7 @@ class GroupBuffer:
         """The learner's metrics of a step."""
         async with self._changed:
             self._metrics.append((step, values))
+            self._recorded = None
             self._changed.notify_all()
 
     async def refuse(self, step: int, mismatch: float) -> None:
@@ -85,6 +87,17 @@ class GroupBuffer:
         """The learner's metrics since the last call."""
         taken, self._metrics = self._metrics, []
         return taken
+
+    async def confirm(self, step: int) -> None:
+        """The metrics of `step` are on disk."""
+        async with self._changed:
+            self._recorded = step
+            self._changed.notify_all()
+
+    async def recorded(self, step: int, timeout_s: float) -> bool:
+        """Whether `step` is the latest one on disk, once it is or the time is up."""
+        found = await self._wait(lambda: self._recorded == step or None, timeout_s)
+        return found is not None
 
     async def _wait(self, ready: object, timeout_s: float) -> object:
         async def until() -> object:

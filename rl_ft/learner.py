@@ -68,6 +68,8 @@ class TrainConfig(TypedDict):
     on_metrics: OnMetrics
     before_update: NotRequired[Callable[[int, float], None]]
     """Is shown each step's mean |trainer - sampler| before the update; raises to prevent it."""
+    before_checkpoint: NotRequired[Callable[[int], None]]
+    """Returns once the metrics up to the step are on disk: a checkpoint never outruns them."""
 
 
 def grpo_args(config: Config, *, output_dir: str | Path, num_groups: int) -> GRPOConfig:
@@ -114,6 +116,7 @@ def build_trainer(
     num_groups: int,
     on_checkpoint: Callable[[Path], None] | None = None,
     before_update: Callable[[int, float], None] | None = None,
+    before_checkpoint: Callable[[int], None] | None = None,
 ) -> PackedGRPOTrainer:
     """A trainer over `model`, which must hold the weights that training starts from.
 
@@ -133,6 +136,7 @@ def build_trainer(
         on_metrics=on_metrics,
         on_checkpoint=on_checkpoint,
         before_update=before_update,
+        before_checkpoint=before_checkpoint,
         peft_config=None if config.model.lora is None else lora_adapter(config.model.lora),
     )
     trainer.remove_callback(PrinterCallback)
@@ -203,6 +207,7 @@ def train_loop(train_config: TrainConfig) -> None:
         num_groups=train_config["num_groups"],
         on_checkpoint=on_checkpoint,
         before_update=train_config.get("before_update"),
+        before_checkpoint=train_config.get("before_checkpoint"),
     )
     resume_from = latest_checkpoint(train_config["output_dir"])
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))

@@ -211,6 +211,7 @@ class GrpoLoop:
             }
             self._steps_start = now
             self._record.log(self._stage, step, values)
+            await self._buffer.confirm.remote(step)
             log.info(
                 "%s step %d of %d: gain over max-pressure %.1f veh s, strict %.2f, entropy %.3f, "
                 "%.1f s",
@@ -255,6 +256,7 @@ class GrpoLoop:
             publish=link.publish,
             on_metrics=link.report,
             before_update=link.check,
+            before_checkpoint=link.await_record,
         )
         future: Future[Any] = Future()
 

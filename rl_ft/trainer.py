@@ -72,6 +72,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         on_metrics: OnMetrics,
         on_checkpoint: Callable[[Path], None] | None = None,
         before_update: Callable[[int, float], None] | None = None,
+        before_checkpoint: Callable[[int], None] | None = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
         if args.loss_type not in LOSS_TYPES:
@@ -107,7 +108,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         self._entropy_bonus_enabled = False
         self._fetch, self._publish = fetch, publish
         self._on_metrics, self._on_checkpoint = on_metrics, on_checkpoint
-        self._before_update = before_update
+        self._before_update, self._before_checkpoint = before_update, before_checkpoint
         self._waiting: list[dict[str, Tensor]] = []
         self._forward: tuple[Tensor, Tensor]
         self._sums = _StepSums()
@@ -242,7 +243,10 @@ class PackedGRPOTrainer(GRPOTrainer):
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Metrics go to `on_metrics` after every step, and nowhere else."""
+        """After every step: its metrics go to `on_metrics`, and nowhere else; then its weights.
+
+        In this order, so that whoever sees the weights finds the metrics.
+        """
         if "grad_norm" not in logs:  # the closing summary of Trainer
             return
         objective = {
@@ -256,9 +260,12 @@ class PackedGRPOTrainer(GRPOTrainer):
         measured = sums.metrics(self.accelerator)
         if self.accelerator.is_main_process:
             self._on_metrics(self.state.global_step, {**logs, **objective, **measured})
+        self.publish_weights()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """A whole checkpoint or none: written aside, then renamed."""
+        if self._before_checkpoint is not None:
+            self._before_checkpoint(self.state.global_step)
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         self.args.output_dir = str(folder / ".incomplete")
         try:
@@ -277,7 +284,7 @@ class PackedGRPOTrainer(GRPOTrainer):
 
 
 class _PublishCallback(TrainerCallback):
-    """Publishes the weights that a run starts from, then every new version it may make."""
+    """Publishes the weights that a run starts from; guards every update."""
 
     def __init__(self, trainer: PackedGRPOTrainer) -> None:
         self._trainer = trainer
@@ -287,9 +294,6 @@ class _PublishCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self._trainer.check_mismatch()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._trainer.publish_weights()
 
 
 class _StepSums:

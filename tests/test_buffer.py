@@ -129,3 +129,19 @@ def test_metrics_are_handed_over_once():
         assert await buffer.take_metrics() == []
 
     asyncio.run(scene())
+
+
+def test_a_step_counts_as_recorded_once_it_is_confirmed():
+    async def scene() -> None:
+        buffer = GroupBuffer()
+        await buffer.report(1, {"loss": 1.0})
+        assert not await buffer.recorded(1, 0.01)
+        waiting = asyncio.create_task(buffer.recorded(1, 10))
+        await asyncio.sleep(0)
+        await buffer.confirm(1)
+        assert await waiting
+        # A restarted learner makes the step again: what was confirmed before does not count.
+        await buffer.report(1, {"loss": 1.0})
+        assert not await buffer.recorded(1, 0.01)
+
+    asyncio.run(scene())

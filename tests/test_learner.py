@@ -38,6 +38,7 @@ class Run:
         self.published: list[tuple[int, dict[str, torch.Tensor]]] = []
         self.metrics: dict[int, dict[str, float]] = {}
         self.saved: list[Path] = []
+        self.before_saving: list[tuple[int, int, bool]] = []
         self.num_groups = num_groups
         self.model, tokenizer = load_model(folder, conf)
         self.trainer = build_trainer(
@@ -52,6 +53,9 @@ class Run:
             on_metrics=self.metrics.__setitem__,
             num_groups=num_groups,
             on_checkpoint=self.saved.append,
+            before_checkpoint=lambda step: self.before_saving.append(
+                (step, max(self.metrics), (output_dir / f"checkpoint-{step}").exists())
+            ),
         )
 
     def fetch(self, step):
@@ -84,6 +88,10 @@ def test_every_step_fetches_its_own_groups_once(run):
 
 def test_the_starting_weights_and_every_step_are_published_once(run):
     assert [version for version, _ in run.published] == [0, 1, 2, 3, 4]
+
+
+def test_before_a_checkpoint_its_step_was_reported(run):
+    assert run.before_saving == [(2, 2, False), (4, 4, False)]
 
 
 def test_what_is_published_is_the_whole_model(run, folder):
