@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import libsumo
 
 from envs.errors import UserError
+from envs.naming import phase_name
 from envs.signals import GREEN, green_states
 from envs.types import JunctionSpec, LaneSpec, Phase, Turn
 
@@ -81,19 +82,10 @@ def _junction_spec(
         for lane_id in lane_ids
     )
     phases = tuple(
-        _phase(_phase_name(i), state, directions, index) for i, state in enumerate(states)
+        _phase(phase_name(i), state, directions, index) for i, state in enumerate(states)
     )
     served = tuple(phase for phase in phases if phase.lanes)
     return JunctionSpec(tls_id=tls_id, lanes=lanes, phases=served) if len(served) > 1 else None
-
-
-def _phase_name(index: int) -> str:
-    letters = ""
-    index += 1
-    while index:
-        index, letter = divmod(index - 1, 26)
-        letters = chr(ord("A") + letter) + letters
-    return letters
 
 
 def _link_directions(

@@ -35,6 +35,21 @@ def group_advantages(
     return tuple((r - mean) / scale if v else 0.0 for r, v in zip(rewards, valid, strict=True))
 
 
+def with_surprise(
+    rewards: Sequence[float], logprobs: Sequence[float], legal: Sequence[bool], *, coef: float
+) -> tuple[float, ...]:
+    """Rewards plus -coef * log pi(answer), for legal answers only.
+
+    The policy gradient of this sum is that of maximum-entropy reinforcement learning (Haarnoja et
+    al. 2018, "Soft Actor-Critic", eq. 1): rare answers are worth more, so several stay alive while
+    they are compared. An answer that is not legal is no alternative to keep.
+    """
+    return tuple(
+        reward - coef * logprob if ok else reward
+        for reward, logprob, ok in zip(rewards, logprobs, legal, strict=True)
+    )
+
+
 def is_zero_variance(rewards: Sequence[float], valid: Sequence[bool]) -> bool:
     """True when the valid completions all earned the same, so that the group teaches nothing.
 

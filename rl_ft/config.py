@@ -31,12 +31,12 @@ class ScenarioConfig(Section):
 class TinyModelConfig(Section):
     """Size of the from-scratch model (Qwen3 architecture) of the laptop recipe."""
 
-    hidden_size: int = Field(64, gt=0, multiple_of=32)
-    intermediate_size: int = Field(192, gt=0)
-    num_hidden_layers: int = Field(3, gt=0)
+    hidden_size: int = Field(128, gt=0, multiple_of=32)
+    intermediate_size: int = Field(384, gt=0)
+    num_hidden_layers: int = Field(2, gt=0)
     head_dim: int = 32
-    num_attention_heads: int = Field(2, gt=0)
-    num_key_value_heads: int = Field(2, gt=0)
+    num_attention_heads: int = Field(4, gt=0)
+    num_key_value_heads: int = Field(4, gt=0)
 
 
 class LoraSettings(Section):
@@ -84,6 +84,10 @@ class PrepareConfig(Section):
     num_states: int = Field(2000, gt=0)
     num_eval_states: int = Field(200, ge=0)
     teachers: tuple[Teacher, ...] = ("max_pressure", "lookahead")
+    tellings: int = Field(4, gt=0)
+    """Training rows per state, each with the phases in another order."""
+    lookahead_temperature_veh_s: float = Field(10.0, gt=0)
+    """Lookahead's lessons are drawn from softmax(-cost / temperature)."""
     min_queue_veh: int = Field(1, ge=0)
     """States with fewer queued and approaching vehicles teach little and are skipped."""
     states_per_episode: int = Field(50, gt=0)
@@ -100,11 +104,15 @@ class PrepareConfig(Section):
 class SftConfig(Section):
     """Supervised warm start; names are TRL's `SFTConfig`."""
 
-    num_train_epochs: float = Field(10.0, gt=0)
+    num_train_epochs: float = Field(1.25, gt=0)
     per_device_train_batch_size: int = Field(32, gt=0)
     learning_rate: float = Field(2e-3, gt=0)
+    muon_ratio: float | None = Field(2.5, gt=0)
+    """Hidden matrices learn by Muon at this multiple of the rate; None: AdamW for everything."""
     warmup_ratio: float = Field(0.1, ge=0, le=1)
     weight_decay: float = Field(0.01, ge=0)
+    torch_threads: int = Field(2, gt=0)
+    """Nothing else runs meanwhile."""
     label_noise: float = Field(0.1, ge=0, lt=1)
     """Share of rows whose answer is replaced by a random legal one: keeps entropy to explore."""
 
@@ -150,7 +158,9 @@ class GrpoConfig(Section):
     num_generations: int = Field(8, gt=1)
     max_completion_length: int = Field(16, gt=0)
     temperature: float = Field(1.0, gt=0)
-    learning_rate: float = Field(3e-4, ge=0)
+    learning_rate: float = Field(5e-4, ge=0)
+    muon_ratio: float | None = Field(3.0, gt=0)
+    """Hidden matrices learn by Muon at this multiple of the rate; None: AdamW for everything."""
     warmup_steps: int = Field(10, ge=0)
     lr_scheduler_type: str = "cosine"
     adam_beta2: float = 0.99
@@ -162,6 +172,11 @@ class GrpoConfig(Section):
     epsilon_high: float = 0.28
     beta: float = 0.0
     entropy_coef: float = Field(0.0, ge=0)
+    """TRL's bonus in the loss, over the whole vocabulary."""
+    surprise_coef: float = Field(0.3, ge=0)
+    """Adds -coef * log pi(answer) to the reward of a legal answer, where the group's traffic
+    rewards have a deviation of 1: maximum-entropy RL. It keeps several answers alive, and unlike
+    `entropy_coef` only legal ones."""
     groups_per_micro_batch: int = Field(16, gt=0)
     gradient_checkpointing: bool = False
     """Trades time for memory: for models that do not fit otherwise."""
@@ -214,7 +229,7 @@ class EvaluateConfig(Section):
     """Training scenarios that are evaluated beside the held-out ones."""
     num_worlds: int = Field(32, gt=0)
     """Episodes of a model that run side by side, about 120 MB each."""
-    lookahead_horizon_s: float = Field(60.0, gt=0)
+    lookahead_horizon_s: float = Field(30.0, gt=0)
     fallback: Controller = "max_pressure"
     """Decides where a model's answer is invalid; counted."""
 

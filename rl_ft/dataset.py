@@ -1,8 +1,10 @@
 """Decision states with the teachers' answers: what the supervised start learns from.
 
 Walks the training scenarios under mixed behaviour and keeps instants at which the choice matters;
-at each, every legal phase is tried by branching, so the row also says what each would have cost.
-Worlds run in parallel, one per core; the rows do not depend on how many.
+at each, every legal phase is tried by branching, so a row also says what each would have cost.
+Every state is told several times with its phases in another order, so that what is learnt is to
+read the traffic, not the names. Worlds run in parallel, one per core; the rows do not depend on
+how many.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 from envs import dialect
 from envs.controllers import CONTROLLERS
 from envs.errors import UserError
+from envs.naming import renamed
 from envs.reward import RewardWeights, cost_veh_s
 from envs.scenario import expand, load_scenario
 from envs.types import Action, Decision
@@ -44,12 +47,14 @@ def prepare(config: Config, folder: RunFolder) -> None:
     prepare_model(config, folder.path("model"))
     data = folder.path("data")
     data.mkdir(exist_ok=True)
-    rows = collect_rows(config)
-    train, held_back = rows[: config.prepare.num_states], rows[config.prepare.num_states :]
+    states = collect_states(config)
+    train, held_back = states[: config.prepare.num_states], states[config.prepare.num_states :]
+    lessons = [row for tellings in train for row in tellings]
+    temperature = config.prepare.lookahead_temperature_veh_s
     for teacher in config.prepare.teachers:
-        lessons = by_worth(train, config.seed) if teacher == "lookahead" else train
-        for name, part in (("sft", lessons), ("eval", held_back)):
-            _write_rows(data / f"{name}_{teacher}.jsonl", part, teacher)
+        taught = soften(lessons, temperature, config.seed) if teacher == "lookahead" else lessons
+        _write_rows(data / f"sft_{teacher}.jsonl", taught, teacher)
+        _write_rows(data / f"eval_{teacher}.jsonl", [first for first, *_ in held_back], teacher)
     log.info("prepared %d training and %d evaluation states", len(train), len(held_back))
 
 
@@ -72,41 +77,50 @@ def prepare_model(config: Config, directory: Path) -> Path:
     return directory
 
 
-def collect_rows(config: Config) -> list[Row]:
-    """All decision states, shuffled by the seed; as many as training and evaluation ask for."""
+def collect_states(config: Config) -> list[list[Row]]:
+    """All decision states, shuffled by the seed; as many as training and evaluation ask for.
+
+    Each is `prepare.tellings` rows about one instant.
+    """
     prepare = config.prepare
     wanted = prepare.num_states + prepare.num_eval_states
     scenarios = expand(config.scenarios.train)
     num_episodes = math.ceil(SPARE * wanted / prepare.states_per_episode)
     jobs = [(scenarios[i % len(scenarios)], config.seed * 100_003 + i) for i in range(num_episodes)]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        episodes = pool.map(lambda job: _episode_rows(config, *job), jobs)
-        rows = [row for part in track(episodes, "decision states", len(jobs)) for row in part]
-    if len(rows) < wanted:
+        episodes = pool.map(lambda job: _episode_states(config, *job), jobs)
+        states = [state for part in track(episodes, "decision states", len(jobs)) for state in part]
+    if len(states) < wanted:
         raise UserError(
-            f"the training scenarios gave {len(rows)} decision states that matter, "
+            f"the training scenarios gave {len(states)} decision states that matter, "
             f"{wanted} are wanted; lower prepare.num_states or prepare.min_queue_veh"
         )
-    random.Random(config.seed).shuffle(rows)
-    return rows[:wanted]
+    random.Random(config.seed).shuffle(states)
+    return states[:wanted]
 
 
-def by_worth(rows: Sequence[Row], seed: int) -> list[Row]:
-    """As many rows, drawn in proportion to what the right choice saves at each.
+def soften(rows: Sequence[Row], temperature_veh_s: float, seed: int) -> list[Row]:
+    """The rows with lookahead's answers drawn from softmax(-cost / temperature).
 
-    Where all phases cost nearly the same, the cheapest is decided by chance and teaches noise.
+    Where all phases cost nearly the same, the cheapest is decided by chance: to insist on it would
+    teach noise, and leave nothing to explore.
     """
-    costs = [list(row["cost_veh_s"].values()) for row in rows]
-    weights = [sum(found) / len(found) - min(found) + 1.0 for found in costs]
-    return random.Random(seed).choices(list(rows), weights=weights, k=len(rows))
+    rng = random.Random(seed)
+    softened = []
+    for row in rows:
+        costs = list(row["cost_veh_s"].values())
+        weights = [math.exp((min(costs) - cost) / temperature_veh_s) for cost in costs]
+        [answer] = rng.choices(row["legal_answers"], weights=weights)
+        softened.append({**row, "answers": {**row["answers"], "lookahead": answer}})
+    return softened
 
 
-def _episode_rows(config: Config, name: str, seed: int) -> list[Row]:
+def _episode_states(config: Config, name: str, seed: int) -> list[list[Row]]:
     with World(timeout_s=config.rollout.call_timeout_s) as world:
         return list(_walk(config, world, name, seed))
 
 
-def _walk(config: Config, world: World, name: str, seed: int) -> Iterator[Row]:
+def _walk(config: Config, world: World, name: str, seed: int) -> Iterator[list[Row]]:
     prepare = config.prepare
     rng = random.Random(f"{name}/{seed}")
     scenario = load_scenario(name)
@@ -124,15 +138,26 @@ def _walk(config: Config, world: World, name: str, seed: int) -> Iterator[Row]:
         if time_s >= next_s:
             worthy = [d for d in world.decisions() if worth_asking(d, prepare.min_queue_veh)]
             if worthy:
-                yield decision_row(config, world, rng.choice(worthy))
+                yield tell(config, world, rng.choice(worthy), rng)
                 found += 1
                 next_s = time_s + rng.uniform(0.5, 1.5) * gap_s
         world.drive(driver, time_s + 1)
         time_s, _ = world.time()
 
 
-def decision_row(config: Config, world: World, decision: Decision) -> Row:
-    """One state: its prompt, what every legal phase costs, and each teacher's answer."""
+def tell(config: Config, world: World, decision: Decision, rng: random.Random) -> list[Row]:
+    """One state in rows that differ by the order of its phases; the first has it as it is."""
+    costs = _costs(config, world, decision)
+    order = list(range(len(decision.junction.phases)))
+    rows = []
+    for _ in range(config.prepare.tellings):
+        rows.append(_row(config, renamed(decision, order), {order.index(p): costs[p] for p in costs}))
+        rng.shuffle(order)
+    return rows
+
+
+def _costs(config: Config, world: World, decision: Decision) -> dict[int, float]:
+    """What every legal phase costs."""
     weights = reward_weights(config)
     tls_id = decision.junction.tls_id
     outcomes = world.branch(
@@ -140,8 +165,13 @@ def decision_row(config: Config, world: World, decision: Decision) -> Row:
         config.reward.horizon_s,
         config.reward.follow,
     )
-    costs = [cost_veh_s(outcome, weights) for outcome in outcomes]
-    best = decision.legal[costs.index(min(costs))]
+    costs = (cost_veh_s(outcome, weights) for outcome in outcomes)
+    return dict(zip(decision.legal, costs, strict=True))
+
+
+def _row(config: Config, decision: Decision, costs: dict[int, float]) -> Row:
+    """The prompt, what every legal phase costs, and each teacher's answer."""
+    best = min(decision.legal, key=costs.__getitem__)
     answers = {
         "lookahead": dialect.answer_text(decision, Action(phase=best)),
         "max_pressure": dialect.answer_text(decision, CONTROLLERS["max_pressure"](decision)),
@@ -153,7 +183,7 @@ def decision_row(config: Config, world: World, decision: Decision) -> Row:
         "legal_answers": [
             dialect.answer_text(decision, Action(phase=phase)) for phase in decision.legal
         ],
-        "cost_veh_s": dict(zip(decision.legal_names(), costs, strict=True)),
+        "cost_veh_s": {decision.junction.phases[p].name: costs[p] for p in decision.legal},
     }
 
 

@@ -125,6 +125,7 @@ def build_trainer(
     """
     from transformers import PrinterCallback
 
+    from rl_ft.optimizer import MuonAdamW
     from rl_ft.trainer import PackedGRPOTrainer, lora_adapter
 
     trainer = PackedGRPOTrainer(
@@ -139,6 +140,14 @@ def build_trainer(
         before_checkpoint=before_checkpoint,
         peft_config=None if config.model.lora is None else lora_adapter(config.model.lora),
     )
+    if config.grpo.muon_ratio is not None:
+        trainer.optimizer = MuonAdamW(
+            trainer.accelerator.unwrap_model(trainer.model),
+            lr=config.grpo.learning_rate,
+            muon_ratio=config.grpo.muon_ratio,
+            betas=(0.9, config.grpo.adam_beta2),
+            weight_decay=config.grpo.weight_decay,
+        )
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -17,7 +17,7 @@ from envs.controllers import max_pressure
 from envs.errors import WorldError
 from envs.reward import Reward, cost_veh_s, group_rewards
 from envs.types import Decision, ParseFailure
-from rl_ft.advantage import group_advantages, is_zero_variance
+from rl_ft.advantage import group_advantages, is_zero_variance, with_surprise
 from rl_ft.config import Config
 from rl_ft.dataset import reward_weights, state_id
 from rl_ft.types import Completion, RolloutGroup
@@ -210,13 +210,19 @@ def _group(
     phases = [p.action.phase if isinstance(p, dialect.Parsed) else None for p in asked.parsed]
     costs = {phase: cost_veh_s(o, weights) for phase, o in tried.outcomes.items()}
     totals = [reward.total for reward in score(asked.decision, phases, kinds, tried)]
+    goals = with_surprise(
+        totals,
+        [sum(completion.logprobs) for completion in asked.completions],
+        [kind != "invalid" for kind in kinds],
+        coef=config.grpo.surprise_coef,
+    )
     valid = [True] * len(totals)
     group = RolloutGroup(
         group_id=state_id(asked.decision),
         prompt_ids=asked.prompt_ids,
         completions=asked.completions,
         rewards=tuple(totals),
-        advantages=group_advantages(totals, valid, scale_floor=ADVANTAGE_FLOOR),
+        advantages=group_advantages(goals, valid, scale_floor=ADVANTAGE_FLOOR),
         valid=tuple(valid),
     )
     tally.counts.update(

@@ -233,6 +233,8 @@ def _train(
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
+    from rl_ft.optimizer import MuonAdamW
+
     reporter = _reporter(on_metrics)
     trainer = SFTTrainer(
         model=model,
@@ -241,13 +243,20 @@ def _train(
             {
                 "input_ids": [list(example.input_ids) for example in examples],
                 "labels": [list(example.labels) for example in examples],
-                "length": [len(example.input_ids) for example in examples],
             }
         ),
         processing_class=tokenizer,
         peft_config=_adapter(config),
         callbacks=[reporter],
     )
+    if config.sft.muon_ratio is not None:
+        trainer.optimizer = MuonAdamW(
+            trainer.accelerator.unwrap_model(trainer.model),
+            lr=config.sft.learning_rate,
+            muon_ratio=config.sft.muon_ratio,
+            betas=(0.9, 0.999),
+            weight_decay=config.sft.weight_decay,
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trained = trainer.accelerator.unwrap_model(trainer.model)
@@ -257,7 +266,7 @@ def _train(
 
 
 def _arguments(config: Config, work_dir: Path) -> Any:
-    """TRL's `SFTConfig` of this run: no checkpoints, no evaluation, similar lengths together."""
+    """TRL's `SFTConfig` of this run: no checkpoints, no evaluation."""
     import torch
     from trl import SFTConfig
 
@@ -272,7 +281,8 @@ def _arguments(config: Config, work_dir: Path) -> Any:
         lr_scheduler_type="cosine",
         weight_decay=config.sft.weight_decay,
         max_length=None,
-        train_sampling_strategy="group_by_length",
+        # Not by length: all tellings of a state are equally long and would fill a batch.
+        train_sampling_strategy="random",
         dataset_kwargs={"skip_prepare_dataset": True},
         gradient_checkpointing=on_gpu,
         bf16=config.model.dtype == "bfloat16",
@@ -356,7 +366,7 @@ def _worker_loop(loop: dict[str, Any]) -> None:
     from rl_ft.monitor import MetricLog
 
     config = Config.model_validate(loop["config"])
-    torch.set_num_threads(config.ray.torch_threads)
+    torch.set_num_threads(config.sft.torch_threads)
     with MetricLog(Path(loop["run_dir"])) as record:
         for job in loop["jobs"]:
             stage = f"sft/{job.teacher}"

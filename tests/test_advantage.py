@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl_ft.advantage import group_advantages, is_zero_variance
+from rl_ft.advantage import group_advantages, is_zero_variance, with_surprise
 
 REWARDS = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=16)
 
@@ -58,6 +58,16 @@ def test_lengths_must_agree():
 def test_the_floor_must_be_positive():
     with pytest.raises(ValueError, match="scale_floor"):
         group_advantages((0.0, 1.0), (True, True), scale_floor=0.0)
+
+
+def test_a_rare_legal_answer_is_worth_more_and_an_illegal_one_is_not():
+    rewards, logprobs = (1.0, 1.0, -2.0), (-0.5, -3.0, -9.0)
+    worth = with_surprise(rewards, logprobs, (True, True, False), coef=0.1)
+    assert worth == pytest.approx((1.05, 1.3, -2.0))
+
+
+def test_without_a_coefficient_rewards_are_what_they_were():
+    assert with_surprise((1.0, -2.0), (-0.5, -3.0), (True, True), coef=0.0) == (1.0, -2.0)
 
 
 @given(REWARDS, st.floats(0.01, 100))
