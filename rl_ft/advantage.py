@@ -6,6 +6,7 @@ Pure arithmetic on one group. It knows no model, no simulator and no other group
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 EQUAL_REWARDS = 1e-9
@@ -36,17 +37,20 @@ def group_advantages(
 
 
 def with_surprise(
-    rewards: Sequence[float], logprobs: Sequence[float], legal: Sequence[bool], *, coef: float
+    rewards: Sequence[float], actions: Sequence[int | None], *, coef: float
 ) -> tuple[float, ...]:
-    """Rewards plus -coef * log pi(answer), for legal answers only.
+    """Rewards plus -coef * log p(action), p being the action's share of the group.
 
-    The policy gradient of this sum is that of maximum-entropy reinforcement learning (Haarnoja et
-    al. 2018, "Soft Actor-Critic", eq. 1): rare answers are worth more, so several stay alive while
-    they are compared. An answer that is not legal is no alternative to keep.
+    Maximum-entropy reinforcement learning (Haarnoja et al. 2018, "Soft Actor-Critic", eq. 1) on
+    actions: rare ones are worth more, so several stay alive while they are compared. The share of
+    the group and not the probability of the tokens, because one action has many spellings, and a
+    policy that is paid for rare tokens learns to misspell. An answer without an action (None) is
+    no alternative to keep.
     """
+    counts = Counter(actions)
     return tuple(
-        reward - coef * logprob if ok else reward
-        for reward, logprob, ok in zip(rewards, logprobs, legal, strict=True)
+        reward if action is None else reward - coef * math.log(counts[action] / len(actions))
+        for reward, action in zip(rewards, actions, strict=True)
     )
 
 

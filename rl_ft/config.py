@@ -81,7 +81,7 @@ class BehaviourConfig(Section):
 class PrepareConfig(Section):
     """Decision states with the teachers' answers."""
 
-    num_states: int = Field(2000, gt=0)
+    num_states: int = Field(3000, gt=0)
     num_eval_states: int = Field(200, ge=0)
     teachers: tuple[Teacher, ...] = ("max_pressure", "lookahead")
     tellings: int = Field(4, gt=0)
@@ -104,7 +104,7 @@ class PrepareConfig(Section):
 class SftConfig(Section):
     """Supervised warm start; names are TRL's `SFTConfig`."""
 
-    num_train_epochs: float = Field(1.25, gt=0)
+    num_train_epochs: float = Field(1.0, gt=0)
     per_device_train_batch_size: int = Field(32, gt=0)
     learning_rate: float = Field(2e-3, gt=0)
     muon_ratio: float | None = Field(2.5, gt=0)
@@ -173,10 +173,9 @@ class GrpoConfig(Section):
     beta: float = 0.0
     entropy_coef: float = Field(0.0, ge=0)
     """TRL's bonus in the loss, over the whole vocabulary."""
-    surprise_coef: float = Field(0.3, ge=0)
-    """Adds -coef * log pi(answer) to the reward of a legal answer, where the group's traffic
-    rewards have a deviation of 1: maximum-entropy RL. It keeps several answers alive, and unlike
-    `entropy_coef` only legal ones."""
+    surprise_coef: float = Field(0.5, ge=0)
+    """Adds -coef * log of the action's share of the group to the reward, whose traffic term has a
+    deviation of 1: maximum-entropy RL, which unlike `entropy_coef` keeps only legal answers alive."""
     groups_per_micro_batch: int = Field(16, gt=0)
     gradient_checkpointing: bool = False
     """Trades time for memory: for models that do not fit otherwise."""

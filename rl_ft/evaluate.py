@@ -131,8 +131,7 @@ def evaluate(
 
 @contextmanager
 def _sampler(config: Config, models: dict[str, Path]) -> Iterator[Callable[[Path], Ask]]:
-    """One vLLM engine for all models; greedy, through the same renderer as training."""
-    first = next(iter(models.values()))
+    """One vLLM engine for models of one architecture; greedy, rendered as in training."""
     renderers = {
         path: Renderer(str(path), max_prompt_length=config.model.max_prompt_length)
         for path in models.values()
@@ -142,11 +141,20 @@ def _sampler(config: Config, models: dict[str, Path]) -> Iterator[Callable[[Path
 
         from rl_ft.actors import GeneratorActor
 
-        generator = GeneratorActor.options(num_cpus=config.ray.cpus_per_generator).remote(
-            str(first), config, config.seed
-        )
+        engines: dict[str, Any] = {}
+
+        def engine_for(path: Path) -> Any:
+            architecture = (path / "config.json").read_text(encoding="utf-8")
+            if architecture not in engines:
+                while engines:
+                    ray.kill(engines.popitem()[1])
+                engines[architecture] = GeneratorActor.options(
+                    num_cpus=config.ray.cpus_per_generator
+                ).remote(str(path), config, config.seed)
+            return engines[architecture]
 
         def ask_as(path: Path) -> Ask:
+            generator = engine_for(path)
             ray.get(generator.load_folder.remote(str(path)))
 
             def ask(decisions: list[Decision]) -> list[Completion]:
@@ -171,7 +179,8 @@ def _sampler(config: Config, models: dict[str, Path]) -> Iterator[Callable[[Path
         try:
             yield ask_as
         finally:
-            ray.kill(generator)
+            for engine in engines.values():
+                ray.kill(engine)
 
 
 def _row(episode: Episode, splits: dict[str, str]) -> Row:

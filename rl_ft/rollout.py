@@ -210,12 +210,7 @@ def _group(
     phases = [p.action.phase if isinstance(p, dialect.Parsed) else None for p in asked.parsed]
     costs = {phase: cost_veh_s(o, weights) for phase, o in tried.outcomes.items()}
     totals = [reward.total for reward in score(asked.decision, phases, kinds, tried)]
-    goals = with_surprise(
-        totals,
-        [sum(completion.logprobs) for completion in asked.completions],
-        [kind != "invalid" for kind in kinds],
-        coef=config.grpo.surprise_coef,
-    )
+    goals = with_surprise(totals, phases, coef=config.grpo.surprise_coef)
     valid = [True] * len(totals)
     group = RolloutGroup(
         group_id=state_id(asked.decision),

@@ -60,14 +60,18 @@ def test_the_floor_must_be_positive():
         group_advantages((0.0, 1.0), (True, True), scale_floor=0.0)
 
 
-def test_a_rare_legal_answer_is_worth_more_and_an_illegal_one_is_not():
-    rewards, logprobs = (1.0, 1.0, -2.0), (-0.5, -3.0, -9.0)
-    worth = with_surprise(rewards, logprobs, (True, True, False), coef=0.1)
-    assert worth == pytest.approx((1.05, 1.3, -2.0))
+def test_a_rare_action_is_worth_more_and_an_answer_without_one_is_not():
+    worth = with_surprise((1.0, 1.0, 1.0, -2.0), (0, 0, 3, None), coef=0.1)
+    half, quarter = 0.1 * math.log(2), 0.1 * math.log(4)
+    assert worth == pytest.approx((1 + half, 1 + half, 1 + quarter, -2.0))
+
+
+def test_a_group_that_agrees_is_not_surprised():
+    assert with_surprise((0.5, 0.5), (1, 1), coef=1.0) == (0.5, 0.5)
 
 
 def test_without_a_coefficient_rewards_are_what_they_were():
-    assert with_surprise((1.0, -2.0), (-0.5, -3.0), (True, True), coef=0.0) == (1.0, -2.0)
+    assert with_surprise((1.0, -2.0), (0, 1), coef=0.0) == (1.0, -2.0)
 
 
 @given(REWARDS, st.floats(0.01, 100))
