@@ -174,8 +174,8 @@ class GrpoConfig(Section):
     entropy_coef: float = Field(0.0, ge=0)
     """TRL's bonus in the loss, over the whole vocabulary."""
     surprise_coef: float = Field(0.5, ge=0)
-    """Adds -coef * log of the action's share of the group to the reward, whose traffic term has a
-    deviation of 1: maximum-entropy RL, which unlike `entropy_coef` keeps only legal answers alive."""
+    """Adds -coef * log of the action's share of the group to the reward, whose traffic term has
+    a deviation of 1: maximum-entropy RL. Unlike `entropy_coef`, only legal answers stay alive."""
     groups_per_micro_batch: int = Field(16, gt=0)
     gradient_checkpointing: bool = False
     """Trades time for memory: for models that do not fit otherwise."""

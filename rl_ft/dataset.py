@@ -151,7 +151,8 @@ def tell(config: Config, world: World, decision: Decision, rng: random.Random) -
     order = list(range(len(decision.junction.phases)))
     rows = []
     for _ in range(config.prepare.tellings):
-        rows.append(_row(config, renamed(decision, order), {order.index(p): costs[p] for p in costs}))
+        told = {order.index(phase): cost for phase, cost in costs.items()}
+        rows.append(_row(config, renamed(decision, order), told))
         rng.shuffle(order)
     return rows
 

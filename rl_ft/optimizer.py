@@ -29,15 +29,18 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: float,
     ) -> None:
         matrices, rest = _split(model)
-        self._parts = (
-            torch.optim.Muon(
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            muon = torch.optim.Muon(
                 matrices,
                 lr=lr * muon_ratio,
                 weight_decay=weight_decay,
                 adjust_lr_fn="match_rms_adamw",
-            ),
-            torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay),
-        )
+            )
+            self._parts.append(muon)
+        if rest:  # nothing, where an adapter is all that is trained
+            adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay)
+            self._parts.append(adamw)
         super().__init__([*matrices, *rest], {})
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 

@@ -49,6 +49,7 @@ OWNERS = {
         "rl_ft.trainer",
         "rl_ft.weights",
         "rl_ft.generation",
+        "rl_ft.optimizer",
         "rl_ft.parity",
         "rl_ft.doctor",
     },

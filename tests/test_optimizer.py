@@ -80,3 +80,11 @@ def test_a_restored_optimizer_goes_on_as_if_nothing_had_happened(folder, model):
         one_step(each, its_optimizer, seed=1)
     theirs = weights(twin)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(model).items())
+
+
+def test_a_model_of_which_only_an_adapter_is_trained_is_all_matrices(model):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    [muon] = optimizer_of(adapted).param_groups
+    assert len(muon["params"]) == sum(p.requires_grad for p in adapted.parameters()) > 0

@@ -36,7 +36,7 @@ BASE = (
     "prepare.num_states=64",
     "prepare.num_eval_states=8",
     "prepare.states_per_episode=20",
-    "sft.num_train_epochs=20",
+    "sft.num_train_epochs=5",
     "sft.learning_rate=0.005",
     "sft.label_noise=0.7",
     "reward.horizon_s=20",
@@ -47,6 +47,7 @@ BASE = (
     "grpo.num_generations=8",
     "grpo.groups_per_micro_batch=32",
     "grpo.min_entropy=0",
+    "grpo.surprise_coef=0",
     "health.max_failed_share=1",
     "ray.torch_threads=1",
 )
