@@ -180,8 +180,6 @@ class GrpoConfig(Section):
     gradient_checkpointing: bool = False
     """Trades time for memory: for models that do not fit otherwise."""
     save_steps: int = Field(20, gt=0)
-    eval_steps: int = Field(0, ge=0)
-    """Closed-loop check on validation scenarios every so many steps; 0 = only at the end."""
     min_entropy: float = Field(0.001, ge=0)
     """Entropy guard: below it for `patience` steps the run stops with the cause."""
     patience: int = Field(20, gt=0)
