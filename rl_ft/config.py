@@ -144,6 +144,9 @@ class RolloutConfig(Section):
         policy=0.7, max_pressure=0.1, max_wave=0.1, random=0.1
     )
     min_queue_veh: int = Field(2, ge=0)
+    max_pause: int = Field(8, ge=0)
+    """Between two questions a world is driven for 0 to this many decision intervals: neighbouring
+    instants are alike and teach the same."""
     max_refills: int = Field(2, ge=0)
     """Further rounds that replace groups without variance."""
     episode_s: float = Field(1800.0, gt=0)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from envs.errors import UserError, WorldError
+from envs.naming import renamed
 from envs.scenario import load_scenario
 from envs.types import Decision, Outcome
 from envs.world import World
@@ -53,6 +54,10 @@ class _Episode:
         self.driver = "policy"
         self.driver_until_s = -1.0
         self.decision: Decision | None = None
+        """What is asked: told with its phases in the order `order`."""
+        self.order: list[int] = []
+        self.pause = 0
+        """Decision intervals that pass before the next question."""
 
 
 class WorldPool:
@@ -106,10 +111,15 @@ class WorldPool:
                 self._start(index, episode.world)
                 continue
             worthy = [d for d in episode.world.decisions() if self._matters(d)]
-            if worthy:
-                episode.decision = rng.choice(worthy)
+            if worthy and not episode.pause:
+                episode.pause = rng.randint(0, self._rollout.max_pause)
+                decision = rng.choice(worthy)
+                episode.order = list(range(len(decision.junction.phases)))
+                rng.shuffle(episode.order)
+                episode.decision = renamed(decision, episode.order)
                 return episode.decision
-            episode.world.drive(self._rollout_base(), time_s + 1)
+            episode.pause = max(0, episode.pause - 1)
+            episode.world.drive(self._driver(index, episode, time_s), time_s + 1)
 
     def _barren(self) -> str:
         rollout = self._rollout
@@ -144,11 +154,12 @@ class WorldPool:
         assert episode is not None
         assert episode.decision is not None
         tls_id = episode.decision.junction.tls_id
+        order = episode.order
         try:
             outcomes: dict[int, Outcome] = {}
             if len(trial.phases) > 1:
                 found = episode.world.branch(
-                    [{tls_id: phase} for phase in trial.phases],
+                    [{tls_id: order[phase]} for phase in trial.phases],
                     self._config.reward.horizon_s,
                     self._config.reward.follow,
                 )
@@ -164,19 +175,23 @@ class WorldPool:
         decision = episode.decision
         assert decision is not None
         time_s = decision.observation.time_s
+        driver = self._driver(index, episode, time_s)
+        if episode.driver != "policy" or executed is None:
+            episode.world.drive(driver, time_s + 1)
+            return None
+        action = {decision.junction.tls_id: episode.order[executed]}
+        outcome = episode.world.play(action, 1.0, self._rollout_base())
+        if executed not in outcomes:
+            return None
+        return outcome.interval_digest == outcomes[executed].interval_digest
+
+    def _driver(self, index: int, episode: _Episode, time_s: float) -> str:
+        """The classical controller that drives where the policy does not, drawn when it is time."""
         if time_s >= episode.driver_until_s:
             behaviour = self._rollout.behaviour
             episode.driver = draw_driver(behaviour, self._rngs[index])
             episode.driver_until_s = time_s + behaviour.swap_interval_s
-        if episode.driver != "policy" or executed is None:
-            base = self._rollout_base() if episode.driver == "policy" else episode.driver
-            episode.world.drive(base, time_s + 1)
-            return None
-        tls_id = decision.junction.tls_id
-        outcome = episode.world.play({tls_id: executed}, 1.0, self._rollout_base())
-        if executed not in outcomes:
-            return None
-        return outcome.interval_digest == outcomes[executed].interval_digest
+        return self._rollout_base() if episode.driver == "policy" else episode.driver
 
     def _fail(self, index: int, error: WorldError) -> str:
         log.warning("world %d failed and is replaced: %s", index, error)
