@@ -7,7 +7,6 @@ their own program.
 from __future__ import annotations
 
 import math
-import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -33,11 +32,10 @@ _TURNS: dict[str, Turn] = {
 _TURN_ORDER: tuple[Turn, ...] = ("turnaround", "left", "through", "right")
 
 
-def junction_specs(naming_seed: int | None = None) -> tuple[JunctionSpec, ...]:
+def junction_specs() -> tuple[JunctionSpec, ...]:
     """All junctions of the loaded network that have a choice of green phase.
 
-    Phases are named A, B, C, ... in the order of the net's own program, or with a naming seed in
-    an order drawn from it: who learns from many namings learns that names mean nothing.
+    Phases are named A, B, C, ... in the order of the net's own program.
 
     Raises:
         UserError: no junction of the network has two green phases.
@@ -45,7 +43,7 @@ def junction_specs(naming_seed: int | None = None) -> tuple[JunctionSpec, ...]:
     upstream = _predecessors()
     controlled = _controlled_lanes()
     specs = [
-        _junction_spec(tls_id, upstream, controlled, naming_seed)
+        _junction_spec(tls_id, upstream, controlled)
         for tls_id in libsumo.trafficlight.getIDList()
     ]
     found = tuple(spec for spec in specs if spec is not None)
@@ -59,15 +57,10 @@ def junction_specs(naming_seed: int | None = None) -> tuple[JunctionSpec, ...]:
 
 
 def _junction_spec(
-    tls_id: str,
-    upstream: Mapping[str, tuple[str, ...]],
-    controlled: frozenset[str],
-    naming_seed: int | None,
+    tls_id: str, upstream: Mapping[str, tuple[str, ...]], controlled: frozenset[str]
 ) -> JunctionSpec | None:
     program = libsumo.trafficlight.getAllProgramLogics(tls_id)[0]
     states = list(green_states([phase.state for phase in program.phases]))
-    if naming_seed is not None:
-        random.Random(f"{naming_seed}/{tls_id}").shuffle(states)
     links = libsumo.trafficlight.getControlledLinks(tls_id)
     if len(states) < 2:
         return None

@@ -44,14 +44,7 @@ class Simulation:
     not accepted.
     """
 
-    def __init__(
-        self,
-        scenario: Scenario,
-        seed: int,
-        *,
-        program: str | None = None,
-        naming_seed: int | None = None,
-    ) -> None:
+    def __init__(self, scenario: Scenario, seed: int, *, program: str | None = None) -> None:
         _require_whole_seconds(scenario)
         self.scenario = scenario
         self.seed = seed
@@ -61,7 +54,7 @@ class Simulation:
         _load(scenario, self._options())
         if program == "actuated":
             self._reload_actuated()
-        self.junctions = junction_specs(naming_seed)
+        self.junctions = junction_specs()
         self._lanes = {s.tls_id: [lane.chain for lane in s.lanes] for s in self.junctions}
         self._current = {spec.tls_id: 0 for spec in self.junctions}
         self._green_since = {spec.tls_id: scenario.begin_s for spec in self.junctions}

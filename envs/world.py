@@ -61,18 +61,10 @@ class World:
         self.pid = self._process.pid
 
     def reset(
-        self,
-        scenario: Scenario,
-        seed: int,
-        *,
-        program: str | None = None,
-        naming_seed: int | None = None,
+        self, scenario: Scenario, seed: int, *, program: str | None = None
     ) -> tuple[JunctionSpec, ...]:
-        """Start a scenario from its beginning; `program` is None, `fixed` or `actuated`.
-
-        A naming seed draws which phase is called A, B, C, ... from it.
-        """
-        return self._call("reset", scenario, seed, program, naming_seed)
+        """Start a scenario from its beginning; `program` is None, `fixed` or `actuated`."""
+        return self._call("reset", scenario, seed, program)
 
     def time(self) -> tuple[float, bool]:
         """Simulated time in seconds, and whether the scenario's window is over."""

@@ -28,12 +28,12 @@ class Service:
     def __init__(self) -> None:
         self._simulation: Any = None
 
-    def reset(self, scenario: Any, seed: int, program: str | None, naming_seed: int | None) -> Any:
+    def reset(self, scenario: Any, seed: int, program: str | None) -> Any:
         from envs.sumo import Simulation
 
         self.close()
         self._simulation = None
-        self._simulation = Simulation(scenario, seed, program=program, naming_seed=naming_seed)
+        self._simulation = Simulation(scenario, seed, program=program)
         return self._simulation.junctions
 
     def time(self) -> tuple[float, bool]:

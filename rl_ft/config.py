@@ -136,8 +136,10 @@ class RewardConfig(Section):
 class RolloutConfig(Section):
     """How groups are made."""
 
-    num_states: int = Field(48, gt=0)
-    """Groups per optimiser step."""
+    num_groups: int = Field(48, gt=0)
+    """Groups per optimiser step: one telling of one decision state each."""
+    tellings: int = Field(4, gt=0)
+    """Groups from one state, each with its phases in an order of its own; branched once."""
     num_worlds: int = Field(16, gt=0)
     """Simulations alive at once, spread over `ray.num_world_actors`."""
     behaviour: BehaviourConfig = BehaviourConfig(

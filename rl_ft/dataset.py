@@ -124,7 +124,7 @@ def _walk(config: Config, world: World, name: str, seed: int) -> Iterator[list[R
     prepare = config.prepare
     rng = random.Random(f"{name}/{seed}")
     scenario = load_scenario(name)
-    world.reset(scenario, seed, naming_seed=seed)
+    world.reset(scenario, seed)
     time_s = scenario.begin_s
     driver, driver_until_s = draw_driver(prepare.behaviour, rng), time_s
     warm_s = time_s + prepare.warm_up_s
@@ -146,14 +146,14 @@ def _walk(config: Config, world: World, name: str, seed: int) -> Iterator[list[R
 
 
 def tell(config: Config, world: World, decision: Decision, rng: random.Random) -> list[Row]:
-    """One state in rows that differ by the order of its phases; the first has it as it is."""
+    """One state in rows that differ by the order of its phases."""
     costs = _costs(config, world, decision)
     order = list(range(len(decision.junction.phases)))
     rows = []
     for _ in range(config.prepare.tellings):
+        rng.shuffle(order)
         told = {order.index(phase): cost for phase, cost in costs.items()}
         rows.append(_row(config, renamed(decision, order), told))
-        rng.shuffle(order)
     return rows
 
 

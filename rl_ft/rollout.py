@@ -6,15 +6,17 @@ costs its group and is counted; it never becomes a reward.
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from envs import dialect
 from envs.controllers import max_pressure
 from envs.errors import WorldError
+from envs.naming import renamed
 from envs.reward import Reward, cost_veh_s, group_rewards
 from envs.types import Decision, ParseFailure
 from rl_ft.advantage import group_advantages, is_zero_variance, with_surprise
@@ -86,23 +88,48 @@ class Collected:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Asked:
-    """A decision with its sampled and parsed answers."""
+class _Telling:
+    """A decision told with its phases in another order: place i holds the world's `order[i]`."""
 
     decision: Decision
-    prompt_ids: tuple[int, ...]
-    completions: tuple[Completion, ...]
-    parsed: tuple[dialect.Parsed | ParseFailure, ...]
+    order: tuple[int, ...]
     reference: int
     """What max-pressure would choose: always branched, to say what the policy gains over it."""
 
-    def trial(self) -> Trial:
-        first = self.parsed[0]
-        chosen = {p.action.phase for p in self.parsed if isinstance(p, dialect.Parsed)}
-        return Trial(
-            phases=tuple(sorted(chosen | {self.reference})),
-            executed=first.action.phase if isinstance(first, dialect.Parsed) else None,
-        )
+    def as_told(self, tried: Tried) -> Tried:
+        """What was tried in the world, by the places of this telling."""
+        outcomes = {
+            place: tried.outcomes[phase]
+            for place, phase in enumerate(self.order)
+            if phase in tried.outcomes
+        }
+        return replace(tried, outcomes=outcomes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """A telling with its sampled and parsed answers."""
+
+    telling: _Telling
+    prompt_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+    parsed: tuple[dialect.Parsed | ParseFailure, ...]
+
+    def chosen(self) -> list[int | None]:
+        """The phase of each answer by its place; None where there is none."""
+        return [p.action.phase if isinstance(p, dialect.Parsed) else None for p in self.parsed]
+
+
+def _trial(asked: Sequence[_Asked]) -> Trial:
+    """What the world is to try for all tellings of its state; the first answer is executed."""
+    phases: set[int] = set()
+    for one in asked:
+        order = one.telling.order
+        phases |= {order[place] for place in one.chosen() if place is not None}
+        phases.add(order[one.telling.reference])
+    first = asked[0].chosen()[0]
+    executed = None if first is None else asked[0].telling.order[first]
+    return Trial(phases=tuple(sorted(phases)), executed=executed)
 
 
 Score = Callable[[Decision, Sequence[int | None], Sequence[str], Tried], Sequence[Reward]]
@@ -160,46 +187,80 @@ async def _round(
     for state in states:
         if isinstance(state, str):
             _count_failure(tally, state)
-    decisions = [state for state in states if isinstance(state, Decision)]
     observed = time.perf_counter()
-    asked = iter(await _ask(decisions, generate, render, config, seed=seed))
+    told = _tell(states, config.rollout.tellings, random.Random(seed))
+    asked = await _ask(told, generate, render, config, seed=seed)
     generated = time.perf_counter()
-    by_world = [next(asked) if isinstance(state, Decision) else None for state in states]
-    tried = await worlds.settle([a.trial() if a else None for a in by_world])
+    tried = await worlds.settle([_trial(group) if group else None for group in asked])
     tally.sums.update(
         observe_s=observed - start,
         generate_s=generated - observed,
         branch_s=time.perf_counter() - generated,
     )
     made = []
-    for question, answer in zip(by_world, tried, strict=True):
-        if question is None or answer is None:
+    for questions, answer in zip(asked, tried, strict=True):
+        if not questions or answer is None:
             continue
         if answer.failure:
             _count_failure(tally, answer.failure)
             continue
-        made.append((question, answer))
+        made += [(question, question.telling.as_told(answer)) for question in questions]
     return made
 
 
+def _tell(
+    states: Sequence[Decision | str], tellings: int, rng: random.Random
+) -> list[list[_Telling]]:
+    """Every world's decision in `tellings` random orders of its phases; none where there is none.
+
+    What a name means changes from question to question, so nothing can be learnt by name; and an
+    instant that was simulated once teaches several times.
+    """
+    told: list[list[_Telling]] = []
+    for state in states:
+        told.append([])
+        if isinstance(state, str):
+            continue
+        order = list(range(len(state.junction.phases)))
+        reference = max_pressure(state).phase
+        for _ in range(tellings):
+            rng.shuffle(order)
+            decision = renamed(state, order)
+            place = order.index(reference)
+            told[-1].append(_Telling(decision=decision, order=tuple(order), reference=place))
+    return told
+
+
 async def _ask(
-    decisions: Sequence[Decision], generate: Generate, render: Render, config: Config, *, seed: int
-) -> list[_Asked]:
+    told: Sequence[Sequence[_Telling]],
+    generate: Generate,
+    render: Render,
+    config: Config,
+    *,
+    seed: int,
+) -> list[list[_Asked]]:
+    """All tellings of all worlds in one call; the answers come back by world."""
     instructions = config.model.instructions
-    prompts = [render.prompt_ids(dialect.messages(d, instructions=instructions)) for d in decisions]
-    if not prompts:
-        return []
-    sampled = await generate(prompts, num_samples=config.grpo.num_generations, seed=seed)
-    return [
-        _Asked(
-            decision=decision,
-            prompt_ids=tuple(prompt),
-            completions=tuple(completions),
-            parsed=tuple(dialect.parse(decision, c.text) for c in completions),
-            reference=max_pressure(decision).phase,
-        )
-        for decision, prompt, completions in zip(decisions, prompts, sampled, strict=True)
+    flat = [telling for tellings in told for telling in tellings]
+    prompts = [
+        render.prompt_ids(dialect.messages(telling.decision, instructions=instructions))
+        for telling in flat
     ]
+    if not prompts:
+        return [[] for _ in told]
+    sampled = await generate(prompts, num_samples=config.grpo.num_generations, seed=seed)
+    answered = iter(
+        [
+            _Asked(
+                telling=telling,
+                prompt_ids=tuple(prompt),
+                completions=tuple(completions),
+                parsed=tuple(dialect.parse(telling.decision, c.text) for c in completions),
+            )
+            for telling, prompt, completions in zip(flat, prompts, sampled, strict=True)
+        ]
+    )
+    return [[next(answered) for _ in tellings] for tellings in told]
 
 
 def _group(
@@ -207,13 +268,14 @@ def _group(
 ) -> tuple[RolloutGroup, dict[str, Any]]:
     weights = reward_weights(config)
     kinds = [_kind(parsed) for parsed in asked.parsed]
-    phases = [p.action.phase if isinstance(p, dialect.Parsed) else None for p in asked.parsed]
+    phases = asked.chosen()
+    decision, reference = asked.telling.decision, asked.telling.reference
     costs = {phase: cost_veh_s(o, weights) for phase, o in tried.outcomes.items()}
-    totals = [reward.total for reward in score(asked.decision, phases, kinds, tried)]
+    totals = [reward.total for reward in score(decision, phases, kinds, tried)]
     goals = with_surprise(totals, phases, coef=config.grpo.surprise_coef)
     valid = [True] * len(totals)
     group = RolloutGroup(
-        group_id=state_id(asked.decision),
+        group_id=state_id(decision),
         prompt_ids=asked.prompt_ids,
         completions=asked.completions,
         rewards=tuple(totals),
@@ -233,7 +295,7 @@ def _group(
     tally.sums.update(reward=sum(totals) / len(totals))
     if paid:
         mean = sum(paid) / len(paid)
-        gain, regret = costs[asked.reference] - mean, mean - min(costs.values())
+        gain, regret = costs[reference] - mean, mean - min(costs.values())
         tally.sums.update(gain_veh_s=gain, regret_veh_s=regret)
     return group, _example(asked, costs)
 
@@ -266,16 +328,17 @@ def _count_failure(tally: Tally, cause: str) -> None:
 
 
 def _example(asked: _Asked, costs: dict[int, float]) -> dict[str, Any]:
-    names = [phase.name for phase in asked.decision.junction.phases]
-    first = asked.parsed[0]
+    decision = asked.telling.decision
+    names = [phase.name for phase in decision.junction.phases]
+    first = asked.chosen()[0]
     return {
-        "id": state_id(asked.decision),
-        "prompt": dialect.observation_text(asked.decision),
+        "id": state_id(decision),
+        "prompt": dialect.observation_text(decision),
         "answer": asked.completions[0].text,
-        "legal": list(asked.decision.legal_names()),
+        "legal": list(decision.legal_names()),
         "cost_veh_s": {names[phase]: cost for phase, cost in costs.items()},
-        "chosen": names[first.action.phase] if isinstance(first, dialect.Parsed) else None,
-        "teacher": names[asked.reference],
+        "chosen": None if first is None else names[first],
+        "teacher": names[asked.telling.reference],
     }
 
 

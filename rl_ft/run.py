@@ -136,7 +136,7 @@ class GrpoLoop:
 
         started = time.perf_counter()
         generate = RemoteGenerate(self._generator, self._config)
-        quotas = shares(self._config.rollout.num_states, len(self._worlds))
+        quotas = shares(self._config.rollout.num_groups, len(self._worlds))
         parts: list[Collected] = await asyncio.gather(
             *(
                 collect_groups(
@@ -251,7 +251,7 @@ class GrpoLoop:
             config=self._config.model_dump(mode="json"),
             model_path=self._model_path,
             output_dir=str(self._folder.path(self._stage, "checkpoints")),
-            num_groups=self._config.rollout.num_states,
+            num_groups=self._config.rollout.num_groups,
             fetch=link.fetch,
             publish=link.publish,
             on_metrics=link.report,

@@ -13,7 +13,8 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -258,11 +259,30 @@ def _train(
             weight_decay=config.sft.weight_decay,
         )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    with _head_on_answers_only():
+        trainer.train()
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if config.model.lora is not None:
         trained = trained.merge_and_unload()
     return trained, reporter.last
+
+
+@contextmanager
+def _head_on_answers_only() -> Iterator[None]:
+    """Score only the positions that carry loss, on CPU as on GPU.
+
+    Where there is no Triton, TRL pushes every position through the language-model head, so that
+    shapes stay the same for compilers. Nothing is compiled here, and a prompt is 20 times as long
+    as an answer: the head was half of the step. The loss is the same.
+    """
+    from trl.trainer import utils
+
+    original = utils._use_triton
+    utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        utils._use_triton = original
 
 
 def _arguments(config: Config, work_dir: Path) -> Any:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from envs.errors import UserError, WorldError
-from envs.naming import renamed
 from envs.scenario import load_scenario
 from envs.types import Decision, Outcome
 from envs.world import World
@@ -54,8 +53,6 @@ class _Episode:
         self.driver = "policy"
         self.driver_until_s = -1.0
         self.decision: Decision | None = None
-        """What is asked: told with its phases in the order `order`."""
-        self.order: list[int] = []
         self.pause = 0
         """Decision intervals that pass before the next question."""
 
@@ -113,10 +110,7 @@ class WorldPool:
             worthy = [d for d in episode.world.decisions() if self._matters(d)]
             if worthy and not episode.pause:
                 episode.pause = rng.randint(0, self._rollout.max_pause)
-                decision = rng.choice(worthy)
-                episode.order = list(range(len(decision.junction.phases)))
-                rng.shuffle(episode.order)
-                episode.decision = renamed(decision, episode.order)
+                episode.decision = rng.choice(worthy)
                 return episode.decision
             episode.pause = max(0, episode.pause - 1)
             episode.world.drive(self._driver(index, episode, time_s), time_s + 1)
@@ -144,8 +138,7 @@ class WorldPool:
         begin_s = scenario.begin_s + offset + self._rollout.warm_up_s
         episode = _Episode(world, min(scenario.end_s, begin_s + self._rollout.episode_s))
         self._episodes[index] = episode
-        seed = rng.randrange(1, 2**31)
-        world.reset(scenario, seed, naming_seed=seed)
+        world.reset(scenario, rng.randrange(1, 2**31))
         world.drive(rng.choice(("max_pressure", "max_wave")), begin_s)
         return episode
 
@@ -154,12 +147,11 @@ class WorldPool:
         assert episode is not None
         assert episode.decision is not None
         tls_id = episode.decision.junction.tls_id
-        order = episode.order
         try:
             outcomes: dict[int, Outcome] = {}
             if len(trial.phases) > 1:
                 found = episode.world.branch(
-                    [{tls_id: order[phase]} for phase in trial.phases],
+                    [{tls_id: phase} for phase in trial.phases],
                     self._config.reward.horizon_s,
                     self._config.reward.follow,
                 )
@@ -179,7 +171,7 @@ class WorldPool:
         if episode.driver != "policy" or executed is None:
             episode.world.drive(driver, time_s + 1)
             return None
-        action = {decision.junction.tls_id: episode.order[executed]}
+        action = {decision.junction.tls_id: executed}
         outcome = episode.world.play(action, 1.0, self._rollout_base())
         if executed not in outcomes:
             return None

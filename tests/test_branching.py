@@ -60,7 +60,7 @@ def started(request, world, tmp_path) -> tuple[World, Scenario]:
 
 
 def start(world: World, scenario: Scenario, warm_up_s: float) -> None:
-    world.reset(scenario, seed=7, naming_seed=3)
+    world.reset(scenario, seed=7)
     world.drive("max_pressure", scenario.begin_s + warm_up_s)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import permutations
 
 import pytest
 
 from envs import dialect
 from envs.controllers import max_pressure
 from envs.errors import WorldError
+from envs.naming import renamed
 from envs.reward import Reward
 from envs.types import Action, Decision
 from rl_ft.advantage import is_zero_variance
@@ -34,24 +37,30 @@ class Letters:
 
 
 class Pool:
-    """The worlds behind the protocol, remembering what they were asked."""
+    """The worlds behind the protocol, remembering what may be told and what was tried."""
 
     def __init__(self, pool: WorldPool) -> None:
         self.pool = pool
         self.decisions: dict[str, Decision] = {}
         self.num_rounds = 0
+        self.states_now: list[Decision | str] = []
+        self.trials: list[tuple[Decision, Trial]] = []
         self.before_settle: Callable[[], None] = lambda: None
 
     async def states(self) -> list[Decision | str]:
         self.num_rounds += 1
-        states = self.pool.states()
-        self.decisions |= {
-            dialect.observation_text(s): s for s in states if isinstance(s, Decision)
-        }
+        self.states_now = states = self.pool.states()
+        for state in states:
+            if isinstance(state, Decision):
+                for order in permutations(range(len(state.junction.phases))):
+                    told = renamed(state, order)
+                    self.decisions[dialect.observation_text(told)] = told
         return states
 
     async def settle(self, trials: Sequence[Trial | None]) -> list[Tried | None]:
         self.before_settle()
+        pairs = zip(self.states_now, trials, strict=True)
+        self.trials += [(s, t) for s, t in pairs if isinstance(s, Decision) and t]
         return self.pool.settle(trials)
 
 
@@ -160,12 +169,40 @@ def test_rewards_have_the_order_of_the_measured_costs(worlds, config):
     assert compared
 
 
+def greens(decision: Decision) -> list[int]:
+    """The legal phases in an order that does not depend on how they are told."""
+    return sorted(decision.legal, key=lambda i: decision.junction.phases[i].state)
+
+
+def test_an_instant_is_told_in_several_orders_and_tried_once(worlds, config):
+    rollout = config.rollout.model_copy(update={"tellings": 3})
+    config = config.model_copy(update={"rollout": rollout})
+    answers = [lambda d: greens(d)[0], lambda d: greens(d)[-1]]
+    collected, _ = collect(worlds, config, answers, quota=30)
+    by_state = defaultdict(list)
+    for group in collected.groups:
+        by_state[group.group_id].append(group)
+    whole = [groups for groups in by_state.values() if len(groups) == 3]
+    assert len(whole) > 5
+    assert len(worlds.trials) == len(by_state)
+    assert sum(len({group.prompt_ids for group in groups}) > 1 for groups in whole) > 5
+    for groups in whole:
+        assert len({group.rewards for group in groups}) == 1
+
+
+def test_what_is_tried_and_executed_is_what_the_answers_mean(worlds, config):
+    collect(worlds, config, [lambda d: greens(d)[0], lambda d: greens(d)[-1]])
+    assert worlds.trials
+    for own, trial in worlds.trials:
+        assert trial.executed == greens(own)[0]
+        assert set(trial.phases) == {greens(own)[0], greens(own)[-1], reference(own)}
+
+
 def test_a_group_carries_its_prompt_its_version_and_centred_advantages(worlds, config):
     collected, _ = collect(worlds, config, [first, last])
-    ids = {state_id(d): d for d in worlds.decisions.values()}
     for group in collected.groups:
-        text = dialect.observation_text(ids[group.group_id])
-        assert "".join(map(chr, group.prompt_ids)) == text
+        told = worlds.decisions["".join(map(chr, group.prompt_ids))]
+        assert group.group_id == state_id(told)
         assert group.weights_version == 3
         assert group.valid == (True, True)
         assert sum(group.advantages) == pytest.approx(0.0, abs=1e-9)
@@ -262,7 +299,12 @@ def test_another_score_replaces_the_measured_one(worlds, config):
 
 
 def test_answering_as_max_pressure_gains_nothing_over_it(worlds, config):
-    collected, _ = collect(worlds, config, [reference, reference], quota=4)
+    def as_max_pressure(told: Decision) -> int:
+        [own] = [s for s in worlds.states_now if state_id(s) == state_id(told)]
+        green = own.junction.phases[reference(own)].state
+        return [phase.state for phase in told.junction.phases].index(green)
+
+    collected, _ = collect(worlds, config, [as_max_pressure, as_max_pressure], quota=4)
     values = metrics(collected.tally)
     assert values["reward/gain_over_max_pressure_veh_s"] == 0.0
     assert values["reward/regret_veh_s"] == 0.0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -259,3 +260,19 @@ def test_one_fit_under_ray_train_serves_both_teachers(tmp_path, model_dir):
     lines = folder.path("metrics.jsonl").read_text().splitlines()
     stages = {json.loads(line)["stage"] for line in lines}
     assert stages == {"sft/max_pressure", "sft/lookahead"}
+
+
+def test_scoring_answers_only_changes_no_loss(tmp_path, model_dir, monkeypatch):
+    def losses(folder: Path) -> list[float]:
+        seen: list[float] = []
+        job = job_in(folder, model_dir, num=48, num_eval=0)
+        fit_teacher(
+            small_config(num_train_epochs=1),
+            job,
+            on_metrics=lambda step, values: seen.append(values.get("loss", 0.0)),
+        )
+        return seen
+
+    compact = losses(tmp_path / "compact")
+    monkeypatch.setattr("rl_ft.sft._head_on_answers_only", nullcontext)
+    assert compact == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)

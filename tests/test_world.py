@@ -73,20 +73,6 @@ def test_same_seed_same_world_other_seed_other_world(started):
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_a_naming_seed_draws_names_and_nothing_else(world):
-    scenario = load_scenario("resco:cologne1")
-    (plain,) = world.reset(scenario, 1)
-    named = [world.reset(scenario, 1, naming_seed=seed)[0] for seed in (1, 1, 2, 3, 4)]
-    assert named[0] == named[1]
-    assert len({tuple(phase.state for phase in spec.phases) for spec in named}) > 1
-    for spec in named:
-        assert [phase.name for phase in spec.phases] == [phase.name for phase in plain.phases]
-        assert {replace(p, name="") for p in spec.phases} == {
-            replace(p, name="") for p in plain.phases
-        }
-        assert spec.lanes == plain.lanes
-
-
 def test_time_tells_when_the_window_is_over(started):
     assert started.time() == (0.0, False)
     started.reset(replace(load_scenario(SCENARIO), end_s=20.0), seed=1)

@@ -73,34 +73,6 @@ def test_every_state_is_worth_asking_and_every_phase_is_tried(make_pool):
         assert tried.failure is None
 
 
-def test_phases_are_told_in_many_orders(make_pool):
-    walked = advance(make_pool(max_pause=0), 12)
-    told = {tuple(phase.state for phase in state.junction.phases) for state, _ in walked}
-    assert len({frozenset(states) for states in told}) == 1
-    assert len(told) > 2
-
-
-def test_under_any_order_an_outcome_is_that_of_the_green_it_names(make_pool):
-    pool = make_pool(max_pause=0)
-    config = pool._config
-    renamed = 0
-    for _ in range(8):
-        [state] = pool.states()
-        world = pool._episodes[0].world
-        [own] = world.decisions()
-        greens = {phase.state: i for i, phase in enumerate(own.junction.phases)}
-        index = [greens[state.junction.phases[i].state] for i in state.legal]
-        renamed += index != list(state.legal)
-        expected = world.branch(
-            [{own.junction.tls_id: i} for i in index],
-            config.reward.horizon_s,
-            config.reward.follow,
-        )
-        [tried] = pool.settle([every_phase(state)])
-        assert list(tried.outcomes.values()) == list(expected)
-    assert renamed
-
-
 def test_neighbouring_instants_are_left_out(make_pool):
     walked = advance(make_pool(max_pause=8), 12)
     times = [state.observation.time_s for state, _ in walked]

@@ -29,7 +29,7 @@ TOY = (
     "grpo.learning_rate=0.003",
     "grpo.warmup_steps=2",
     "grpo.save_steps=4",
-    "rollout.num_states=16",
+    "rollout.num_groups=16",
     "rollout.num_worlds=8",
     # Where its first phase is hardly ever illegal: what is rare is not learnt in so few steps.
     'scenarios.train=["generated:2"]',
