@@ -43,8 +43,7 @@ def junction_specs() -> tuple[JunctionSpec, ...]:
     upstream = _predecessors()
     controlled = _controlled_lanes()
     specs = [
-        _junction_spec(tls_id, upstream, controlled)
-        for tls_id in libsumo.trafficlight.getIDList()
+        _junction_spec(tls_id, upstream, controlled) for tls_id in libsumo.trafficlight.getIDList()
     ]
     found = tuple(spec for spec in specs if spec is not None)
     if not found:
