@@ -139,7 +139,8 @@ class RolloutConfig(Section):
     num_groups: int = Field(48, gt=0)
     """Groups per optimiser step: one telling of one decision state each."""
     tellings: int = Field(4, gt=0)
-    """Groups from one state, each with its phases in an order of its own; branched once."""
+    """How often a state is told, each time in another order of its phases and in another step. It
+    is simulated once, then over all its legal phases if it is told more than once."""
     num_worlds: int = Field(16, gt=0)
     """Simulations alive at once, spread over `ray.num_world_actors`."""
     behaviour: BehaviourConfig = BehaviourConfig(

@@ -22,6 +22,7 @@ from envs.types import Decision, ParseFailure
 from rl_ft.advantage import group_advantages, is_zero_variance, with_surprise
 from rl_ft.config import Config
 from rl_ft.dataset import reward_weights, state_id
+from rl_ft.recall import Instant, Recall
 from rl_ft.types import Completion, RolloutGroup
 from rl_ft.worlds import Trial, Tried
 
@@ -119,17 +120,17 @@ class _Asked:
         """The phase of each answer by its place; None where there is none."""
         return [p.action.phase if isinstance(p, dialect.Parsed) else None for p in self.parsed]
 
-
-def _trial(asked: Sequence[_Asked]) -> Trial:
-    """What the world is to try for all tellings of its state; the first answer is executed."""
-    phases: set[int] = set()
-    for one in asked:
-        order = one.telling.order
-        phases |= {order[place] for place in one.chosen() if place is not None}
-        phases.add(order[one.telling.reference])
-    first = asked[0].chosen()[0]
-    executed = None if first is None else asked[0].telling.order[first]
-    return Trial(phases=tuple(sorted(phases)), executed=executed)
+    def trial(self, *, every_phase: bool) -> Trial:
+        """What the world is to try; the first answer is executed."""
+        telling = self.telling
+        places = {place for place in self.chosen() if place is not None} | {telling.reference}
+        if every_phase:
+            places |= set(telling.decision.legal)
+        first = self.chosen()[0]
+        return Trial(
+            phases=tuple(sorted(telling.order[place] for place in places)),
+            executed=None if first is None else telling.order[first],
+        )
 
 
 Score = Callable[[Decision, Sequence[int | None], Sequence[str], Tried], Sequence[Reward]]
@@ -145,23 +146,36 @@ async def collect_groups(
     quota: int,
     seed: int,
     score: Score | None = None,
+    recall: Recall | None = None,
 ) -> Collected:
     """Rounds of one decision per world until `quota` groups have something to teach.
 
-    Groups without variance are refilled for at most `rollout.max_refills` further rounds; what
-    is still missing then is filled with them.
+    With a `recall`, every legal phase is branched, and what is still missing is asked about
+    instants of earlier rounds, as far as they are ready. Groups without variance are refilled for
+    at most `rollout.max_refills` further rounds; what is still missing then is filled with them.
 
     Raises:
         WorldError: every world failed, again and again.
     """
     score = score or traffic_score(config)
+    recall = recall or Recall(times=0, seed=seed)
     teaching: list[RolloutGroup] = []
     idle: list[RolloutGroup] = []
     tally = Tally()
     examples: list[dict[str, Any]] = []
     rounds = num_refills = num_empty = 0
     while len(teaching) < quota:
-        asked = await _round(worlds, generate, render, config, seed=seed + rounds, tally=tally)
+        asked = await _round(
+            worlds,
+            generate,
+            render,
+            config,
+            recall,
+            wanted=quota - len(teaching),
+            new=not rounds or recall.ready() < quota - len(teaching),
+            seed=seed + rounds,
+            tally=tally,
+        )
         rounds += 1
         num_empty = 0 if asked else num_empty + 1
         if num_empty == MAX_EMPTY_ROUNDS:
@@ -180,87 +194,87 @@ async def collect_groups(
 
 
 async def _round(
-    worlds: Worlds, generate: Generate, render: Render, config: Config, *, seed: int, tally: Tally
+    worlds: Worlds,
+    generate: Generate,
+    render: Render,
+    config: Config,
+    recall: Recall,
+    *,
+    wanted: int,
+    new: bool,
+    seed: int,
+    tally: Tally,
 ) -> list[tuple[_Asked, Tried]]:
+    """Questions with their outcomes, `wanted` if there are as many; none about a new instant
+    unless `new`."""
     start = time.perf_counter()
-    states = await worlds.states()
+    states = await worlds.states() if new else []
     for state in states:
         if isinstance(state, str):
             _count_failure(tally, state)
+    decisions = [state for state in states if isinstance(state, Decision)]
+    known = recall.draw(wanted - len(decisions))
+    rng = random.Random(seed)
+    told = [_tell(decision, rng) for decision in (*decisions, *(i.decision for i in known))]
     observed = time.perf_counter()
-    told = _tell(states, config.rollout.tellings, random.Random(seed))
     asked = await _ask(told, generate, render, config, seed=seed)
     generated = time.perf_counter()
-    tried = await worlds.settle([_trial(group) if group else None for group in asked])
+    fresh, again = iter(asked[: len(decisions)]), asked[len(decisions) :]
+    by_world = [next(fresh) if isinstance(state, Decision) else None for state in states]
+    every_phase = recall.times > 0
+    trials = [a.trial(every_phase=every_phase) if a else None for a in by_world]
+    tried = await worlds.settle(trials) if trials else []
     tally.sums.update(
         observe_s=observed - start,
         generate_s=generated - observed,
         branch_s=time.perf_counter() - generated,
     )
     made = []
-    for questions, answer in zip(asked, tried, strict=True):
-        if not questions or answer is None:
+    for state, question, answer in zip(states, by_world, tried, strict=True):
+        if question is None or answer is None or isinstance(state, str):
             continue
         if answer.failure:
             _count_failure(tally, answer.failure)
             continue
-        made += [(question, question.telling.as_told(answer)) for question in questions]
-    return made
+        recall.add(Instant(decision=state, tried=replace(answer, agreed=None)))
+        made.append((question, question.telling.as_told(answer)))
+    return made + [
+        (question, question.telling.as_told(instant.tried))
+        for question, instant in zip(again, known, strict=True)
+    ]
 
 
-def _tell(
-    states: Sequence[Decision | str], tellings: int, rng: random.Random
-) -> list[list[_Telling]]:
-    """Every world's decision in `tellings` random orders of its phases; none where there is none.
-
-    What a name means changes from question to question, so nothing can be learnt by name; and an
-    instant that was simulated once teaches several times.
-    """
-    told: list[list[_Telling]] = []
-    for state in states:
-        told.append([])
-        if isinstance(state, str):
-            continue
-        order = list(range(len(state.junction.phases)))
-        reference = max_pressure(state).phase
-        for _ in range(tellings):
-            rng.shuffle(order)
-            decision = renamed(state, order)
-            place = order.index(reference)
-            told[-1].append(_Telling(decision=decision, order=tuple(order), reference=place))
-    return told
+def _tell(decision: Decision, rng: random.Random) -> _Telling:
+    """In a random order: what a name means changes from question to question."""
+    order = list(range(len(decision.junction.phases)))
+    rng.shuffle(order)
+    return _Telling(
+        decision=renamed(decision, order),
+        order=tuple(order),
+        reference=order.index(max_pressure(decision).phase),
+    )
 
 
 async def _ask(
-    told: Sequence[Sequence[_Telling]],
-    generate: Generate,
-    render: Render,
-    config: Config,
-    *,
-    seed: int,
-) -> list[list[_Asked]]:
-    """All tellings of all worlds in one call; the answers come back by world."""
+    told: Sequence[_Telling], generate: Generate, render: Render, config: Config, *, seed: int
+) -> list[_Asked]:
     instructions = config.model.instructions
-    flat = [telling for tellings in told for telling in tellings]
     prompts = [
         render.prompt_ids(dialect.messages(telling.decision, instructions=instructions))
-        for telling in flat
+        for telling in told
     ]
     if not prompts:
-        return [[] for _ in told]
+        return []
     sampled = await generate(prompts, num_samples=config.grpo.num_generations, seed=seed)
-    answered = iter(
-        [
-            _Asked(
-                telling=telling,
-                prompt_ids=tuple(prompt),
-                completions=tuple(completions),
-                parsed=tuple(dialect.parse(telling.decision, c.text) for c in completions),
-            )
-            for telling, prompt, completions in zip(flat, prompts, sampled, strict=True)
-        ]
-    )
-    return [[next(answered) for _ in tellings] for tellings in told]
+    return [
+        _Asked(
+            telling=telling,
+            prompt_ids=tuple(prompt),
+            completions=tuple(completions),
+            parsed=tuple(dialect.parse(telling.decision, c.text) for c in completions),
+        )
+        for telling, prompt, completions in zip(told, prompts, sampled, strict=True)
+    ]
 
 
 def _group(

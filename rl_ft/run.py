@@ -28,6 +28,7 @@ from rl_ft.config import Config
 from rl_ft.health import HealthMonitor
 from rl_ft.monitor import LoadSampler, MetricLog
 from rl_ft.parity import UNKNOWN, ParityError
+from rl_ft.recall import Recall
 from rl_ft.render import Renderer
 from rl_ft.rollout import Collected, Score, Tally, collect_groups, metrics
 from rl_ft.run_folder import RunFolder
@@ -81,6 +82,10 @@ class GrpoLoop:
         self._model_path = str(folder.path("sft", start))
         self._worlds, self._generator = worlds, generator
         self._score = score
+        self._recalls = [
+            Recall(times=config.rollout.tellings - 1, seed=config.seed * 1_000 + i)
+            for i in range(len(worlds))
+        ]
         self._buffer = BufferActor.remote()
         self._health = HealthMonitor(config)
         self._load = LoadSampler()
@@ -147,8 +152,11 @@ class GrpoLoop:
                     quota=quota,
                     seed=(self._config.seed * 100_003 + step) * 1_000 + i * 100,
                     score=self._score,
+                    recall=recall,
                 )
-                for i, (actor, quota) in enumerate(zip(self._worlds, quotas, strict=True))
+                for i, (actor, quota, recall) in enumerate(
+                    zip(self._worlds, quotas, self._recalls, strict=True)
+                )
             )
         )
         groups: list[RolloutGroup] = [group for part in parts for group in part.groups]

@@ -20,6 +20,7 @@ from envs.types import Action, Decision
 from rl_ft.advantage import is_zero_variance
 from rl_ft.config import Config
 from rl_ft.dataset import state_id
+from rl_ft.recall import Recall
 from rl_ft.rollout import MAX_EMPTY_ROUNDS, Collected, Tally, collect_groups, metrics
 from rl_ft.types import Completion
 from rl_ft.worlds import Trial, Tried, WorldPool
@@ -141,12 +142,16 @@ def worlds(pool) -> Pool:
     return Pool(pool)
 
 
-def collect(worlds, config, answers, *, quota=4, seed=10, score=None) -> tuple[Collected, Sampler]:
+def collect(
+    worlds, config, answers, *, quota=4, seed=10, score=None, recall=None
+) -> tuple[Collected, Sampler]:
     sampler = Sampler(worlds, answers)
     grpo = config.grpo.model_copy(update={"num_generations": len(answers)})
     config = config.model_copy(update={"grpo": grpo})
     collected = asyncio.run(
-        collect_groups(worlds, sampler, Letters(), config, quota=quota, seed=seed, score=score)
+        collect_groups(
+            worlds, sampler, Letters(), config, quota=quota, seed=seed, score=score, recall=recall
+        )
     )
     return collected, sampler
 
@@ -175,19 +180,36 @@ def greens(decision: Decision) -> list[int]:
 
 
 def test_an_instant_is_told_in_several_orders_and_tried_once(worlds, config):
-    rollout = config.rollout.model_copy(update={"tellings": 3})
-    config = config.model_copy(update={"rollout": rollout})
     answers = [lambda d: greens(d)[0], lambda d: greens(d)[-1]]
-    collected, _ = collect(worlds, config, answers, quota=30)
+    recall = Recall(times=2, seed=1, num_waiting=4)
+    collected, _ = collect(worlds, config, answers, quota=40, recall=recall)
     by_state = defaultdict(list)
     for group in collected.groups:
         by_state[group.group_id].append(group)
-    whole = [groups for groups in by_state.values() if len(groups) == 3]
-    assert len(whole) > 5
+    again = [groups for groups in by_state.values() if len(groups) > 1]
+    assert len(again) > 5
+    assert max(map(len, again)) == 3
     assert len(worlds.trials) == len(by_state)
-    assert sum(len({group.prompt_ids for group in groups}) > 1 for groups in whole) > 5
-    for groups in whole:
+    assert any(len({group.prompt_ids for group in groups}) > 1 for groups in again)
+    for groups in again:
         assert len({group.rewards for group in groups}) == 1
+
+
+def test_what_is_missing_is_asked_about_earlier_instants_without_simulating(worlds, config):
+    recall = Recall(times=9, seed=1, num_waiting=0)
+    answers = [lambda d: greens(d)[0], lambda d: greens(d)[-1]]
+    collect(worlds, config, answers, quota=8, recall=recall)
+    rounds = worlds.num_rounds
+    collected, _ = collect(worlds, config, answers, quota=8, recall=recall)
+    assert worlds.num_rounds == rounds + 1
+    assert not any(is_zero_variance(g.rewards, g.valid) for g in collected.groups)
+
+
+def test_where_an_instant_is_told_again_every_legal_phase_is_tried(worlds, config):
+    collect(worlds, config, [first, first], recall=Recall(times=1, seed=1))
+    assert worlds.trials
+    for own, trial in worlds.trials:
+        assert trial.phases == own.legal
 
 
 def test_what_is_tried_and_executed_is_what_the_answers_mean(worlds, config):
