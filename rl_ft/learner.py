@@ -125,8 +125,9 @@ def build_trainer(
     """
     from transformers import PrinterCallback
 
-    from rl_ft.optimizer import MuonAdamW
-    from rl_ft.trainer import PackedGRPOTrainer, lora_adapter
+    from rl_ft.adapter import lora_adapter
+    from rl_ft.optimizer import use_muon
+    from rl_ft.trainer import PackedGRPOTrainer
 
     trainer = PackedGRPOTrainer(
         model=model,
@@ -138,16 +139,15 @@ def build_trainer(
         on_checkpoint=on_checkpoint,
         before_update=before_update,
         before_checkpoint=before_checkpoint,
-        peft_config=None if config.model.lora is None else lora_adapter(config.model.lora),
+        peft_config=lora_adapter(config.model.lora),
     )
-    if config.grpo.muon_ratio is not None:
-        trainer.optimizer = MuonAdamW(
-            trainer.accelerator.unwrap_model(trainer.model),
-            lr=config.grpo.learning_rate,
-            muon_ratio=config.grpo.muon_ratio,
-            betas=(0.9, config.grpo.adam_beta2),
-            weight_decay=config.grpo.weight_decay,
-        )
+    use_muon(
+        trainer,
+        config.grpo.muon_ratio,
+        lr=config.grpo.learning_rate,
+        betas=(0.9, config.grpo.adam_beta2),
+        weight_decay=config.grpo.weight_decay,
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -1,16 +1,19 @@
 """Muon for the hidden matrices, AdamW for everything else, behind one optimizer.
 
-A small transformer from scratch learns from about half as many rows as with AdamW alone
-(Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"). The update of a
-matrix is scaled to the root mean square of an AdamW update, so both learning rates speak of the
-same size of step (Liu et al. 2025, "Muon is scalable for LLM training").
+A small transformer from scratch learns from fewer rows than with AdamW alone (Jordan et al. 2024,
+"Muon: An optimizer for hidden layers in neural networks"). The update of a matrix is scaled to the
+root mean square of an AdamW update, so both learning rates speak of the same size of step (Liu et
+al. 2025, "Muon is scalable for LLM training").
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -60,6 +63,25 @@ class MuonAdamW(torch.optim.Optimizer):
         for part, state in zip(self._parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self._parts for group in part.param_groups]
+
+
+def use_muon(
+    trainer: Trainer,
+    muon_ratio: float | None,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> None:
+    """Give a trainer this optimizer instead of its own, unless the ratio is None."""
+    if muon_ratio is not None:
+        trainer.optimizer = MuonAdamW(
+            trainer.accelerator.unwrap_model(trainer.model),
+            lr=lr,
+            muon_ratio=muon_ratio,
+            betas=betas,
+            weight_decay=weight_decay,
+        )
 
 
 def _split(

@@ -234,7 +234,8 @@ def _train(
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    from rl_ft.optimizer import MuonAdamW
+    from rl_ft.adapter import lora_adapter
+    from rl_ft.optimizer import use_muon
 
     reporter = _reporter(on_metrics)
     trainer = SFTTrainer(
@@ -247,17 +248,16 @@ def _train(
             }
         ),
         processing_class=tokenizer,
-        peft_config=_adapter(config),
+        peft_config=lora_adapter(config.model.lora),
         callbacks=[reporter],
     )
-    if config.sft.muon_ratio is not None:
-        trainer.optimizer = MuonAdamW(
-            trainer.accelerator.unwrap_model(trainer.model),
-            lr=config.sft.learning_rate,
-            muon_ratio=config.sft.muon_ratio,
-            betas=(0.9, 0.999),
-            weight_decay=config.sft.weight_decay,
-        )
+    use_muon(
+        trainer,
+        config.sft.muon_ratio,
+        lr=config.sft.learning_rate,
+        betas=(0.9, 0.999),
+        weight_decay=config.sft.weight_decay,
+    )
     trainer.remove_callback(PrinterCallback)
     with _head_on_answers_only():
         trainer.train()
@@ -316,18 +316,6 @@ def _arguments(config: Config, work_dir: Path) -> Any:
         report_to=[],
         disable_tqdm=True,
     )
-
-
-def _adapter(config: Config) -> Any:
-    """PEFT's settings, or None where all parameters train."""
-    if config.model.lora is None:
-        return None
-    from peft import LoraConfig
-
-    settings = config.model.lora.model_dump()
-    if not isinstance(settings["target_modules"], str):
-        settings["target_modules"] = list(settings["target_modules"])
-    return LoraConfig(task_type="CAUSAL_LM", **settings)
 
 
 def _reporter(on_metrics: OnMetrics) -> TrainerCallback:

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rl_ft.config import LoraSettings
 
 Fetch = Callable[[int], Sequence[RolloutGroup]]
 """The groups of an optimiser step (this rank's share, when there are several ranks)."""
@@ -370,16 +369,6 @@ def full_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
                     weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
                 merged[f"{name}.weight"] = weight
     return merged
-
-
-def lora_adapter(settings: LoraSettings) -> PeftConfig:
-    """The PEFT adapter that `model.lora` describes."""
-    from peft import LoraConfig
-
-    fields = settings.model_dump()
-    if isinstance(fields["target_modules"], tuple):
-        fields["target_modules"] = list(fields["target_modules"])
-    return LoraConfig(task_type="CAUSAL_LM", **fields)
 
 
 def _never_called(*_: Any, **__: Any) -> list[float]:

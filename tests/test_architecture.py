@@ -35,9 +35,10 @@ OWNERS = {
         "rl_ft.trainer",
         "rl_ft.packing",
         "rl_ft.parity",
+        "rl_ft.optimizer",
     },
     "trl": {"rl_ft.sft", "rl_ft.learner", "rl_ft.trainer"},
-    "peft": {"rl_ft.sft", "rl_ft.learner", "rl_ft.trainer"},
+    "peft": {"rl_ft.adapter", "rl_ft.trainer"},
     "datasets": {"rl_ft.sft", "rl_ft.trainer"},
     "vllm": {"rl_ft.generation"},
     "torch": {
