@@ -81,12 +81,12 @@ class BehaviourConfig(Section):
 class PrepareConfig(Section):
     """Decision states with the teachers' answers."""
 
-    num_states: int = Field(3000, gt=0)
+    num_states: int = Field(2500, gt=0)
     num_eval_states: int = Field(200, ge=0)
     teachers: tuple[Teacher, ...] = ("max_pressure", "lookahead")
-    tellings: int = Field(4, gt=0)
+    tellings: int = Field(6, gt=0)
     """Training rows per state, each with the phases in another order."""
-    lookahead_temperature_veh_s: float = Field(10.0, gt=0)
+    lookahead_temperature_veh_s: float = Field(6.0, gt=0)
     """Lookahead's lessons are drawn from softmax(-cost / temperature)."""
     min_queue_veh: int = Field(1, ge=0)
     """States with fewer queued and approaching vehicles teach little and are skipped."""
@@ -120,13 +120,13 @@ class SftConfig(Section):
 class RewardConfig(Section):
     """What an answer earns: weights on the terms of a measured Outcome, plus the format."""
 
-    horizon_s: float = Field(60.0, gt=0)
+    horizon_s: float = Field(30.0, gt=0)
     follow: Literal["max_wave", "max_pressure"] = "max_wave"
     """Base controller that continues after the candidate action."""
     time_loss: float = 1.0
     junction_time_loss: float = 0.0
     halting: float = 0.0
-    scale_floor: float = Field(20.0, gt=0)
+    scale_floor: float = Field(10.0, gt=0)
     """Veh s: the traffic reward of a group is divided by its deviation, but by no less."""
     format_strict: float = 0.0
     format_partial: float = -0.5
@@ -138,7 +138,7 @@ class RolloutConfig(Section):
 
     num_groups: int = Field(48, gt=0)
     """Groups per optimiser step: one telling of one decision state each."""
-    tellings: int = Field(4, gt=0)
+    tellings: int = Field(3, gt=0)
     """How often a state is told, each time in another order of its phases and in another step. It
     is simulated once, then over all its legal phases if it is told more than once."""
     num_worlds: int = Field(16, gt=0)
@@ -160,7 +160,7 @@ class RolloutConfig(Section):
 class GrpoConfig(Section):
     """The objective; names and meaning are TRL's `GRPOConfig`."""
 
-    max_steps: int = Field(100, gt=0)
+    max_steps: int = Field(150, gt=0)
     num_generations: int = Field(8, gt=1)
     max_completion_length: int = Field(16, gt=0)
     temperature: float = Field(1.0, gt=0)
@@ -179,7 +179,7 @@ class GrpoConfig(Section):
     beta: float = 0.0
     entropy_coef: float = Field(0.0, ge=0)
     """TRL's bonus in the loss, over the whole vocabulary."""
-    surprise_coef: float = Field(0.5, ge=0)
+    surprise_coef: float = Field(0.6, ge=0)
     """Adds -coef * log of the action's share of the group to the reward, whose traffic term has
     a deviation of 1: maximum-entropy RL. Unlike `entropy_coef`, only legal answers stay alive."""
     groups_per_micro_batch: int = Field(16, gt=0)
@@ -248,7 +248,7 @@ class RayConfig(Section):
     cpus_per_world_actor: float = 0.5
     cpus_per_generator: float = 1.0
     cpus_per_learner: float = 1.0
-    torch_threads: int = Field(1, gt=0)
+    torch_threads: int = Field(2, gt=0)
 
 
 class Config(Section):
