@@ -138,9 +138,9 @@ class RolloutConfig(Section):
 
     num_groups: int = Field(48, gt=0)
     """Groups per optimiser step: one telling of one decision state each."""
-    tellings: int = Field(3, gt=0)
-    """How often a state is told, each time in another order of its phases and in another step. It
-    is simulated once, then over all its legal phases if it is told more than once."""
+    tellings: int = Field(4, gt=0)
+    """How often a state is told as long as it teaches: each time in another order of its phases
+    and in another step, with answers sampled then. It is simulated once, over all legal phases."""
     num_worlds: int = Field(16, gt=0)
     """Simulations alive at once, spread over `ray.num_world_actors`."""
     behaviour: BehaviourConfig = BehaviourConfig(

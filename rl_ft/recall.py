@@ -8,12 +8,12 @@ answers are sampled then, nothing is off-policy but the choice of the instant.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from envs.types import Decision
 from rl_ft.worlds import Tried
 
-NUM_WAITING = 256
+NUM_WAITING = 128
 """Instants that wait before one is drawn: tellings of an instant must not meet in one batch,
 where they would pull in the same direction."""
 
@@ -24,33 +24,42 @@ class Instant:
 
     decision: Decision
     tried: Tried
+    times_told: int = 0
+
+    def told(self) -> Instant:
+        """The same, told once more; that the executed branch agreed has been counted."""
+        tried = replace(self.tried, agreed=None)
+        return replace(self, tried=tried, times_told=self.times_told + 1)
+
+    def is_complete(self) -> bool:
+        """Every legal phase was tried, so any answer has its reward."""
+        return set(self.decision.legal) <= self.tried.outcomes.keys()
 
 
 class Recall:
-    """Keeps every instant for `times` further tellings, drawn in random order.
+    """Instants that wait to be told again, drawn in random order.
 
     Example:
-        recall = Recall(times=3, seed=1)
+        recall = Recall(seed=1)
         recall.add(instant)
         recall.draw(2)   # [] until enough instants wait
     """
 
-    def __init__(self, *, times: int, seed: int, num_waiting: int = NUM_WAITING) -> None:
-        self.times = times
+    def __init__(self, *, seed: int, num_waiting: int = NUM_WAITING) -> None:
         self._num_waiting = num_waiting
         self._rng = random.Random(seed)
         self._waiting: list[Instant] = []
 
     def add(self, instant: Instant) -> None:
-        """To be told `times` more times."""
-        self._waiting += [instant] * self.times
+        """To be told once more."""
+        self._waiting.append(instant)
 
     def ready(self) -> int:
         """How many can be drawn."""
         return max(0, len(self._waiting) - self._num_waiting)
 
     def draw(self, num: int) -> list[Instant]:
-        """Up to `num` instants; none of them will be told more often than it was added."""
+        """Up to `num` instants; each leaves for as often as it was added."""
         drawn = []
         for _ in range(min(num, self.ready())):
             place = self._rng.randrange(len(self._waiting))

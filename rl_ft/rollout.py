@@ -120,12 +120,17 @@ class _Asked:
         """The phase of each answer by its place; None where there is none."""
         return [p.action.phase if isinstance(p, dialect.Parsed) else None for p in self.parsed]
 
-    def trial(self, *, every_phase: bool) -> Trial:
-        """What the world is to try; the first answer is executed."""
+    def trial(self, *, tellings: int) -> Trial:
+        """What the world is to try; the first answer is executed.
+
+        Every legal phase, if the instant will be told again: unless the answers are unanimous,
+        so that they teach nothing.
+        """
         telling = self.telling
-        places = {place for place in self.chosen() if place is not None} | {telling.reference}
-        if every_phase:
+        places = {place for place in self.chosen() if place is not None}
+        if tellings > 1 and len(places) > 1:
             places |= set(telling.decision.legal)
+        places.add(telling.reference)
         first = self.chosen()[0]
         return Trial(
             phases=tuple(sorted(telling.order[place] for place in places)),
@@ -150,15 +155,16 @@ async def collect_groups(
 ) -> Collected:
     """Rounds of one decision per world until `quota` groups have something to teach.
 
-    With a `recall`, every legal phase is branched, and what is still missing is asked about
-    instants of earlier rounds, as far as they are ready. Groups without variance are refilled for
-    at most `rollout.max_refills` further rounds; what is still missing then is filled with them.
+    What the worlds leave missing is asked about instants of earlier rounds and steps, where such
+    are ready in `recall`; an instant returns there as long as it teaches and was not told
+    `rollout.tellings` times. Groups without variance are refilled for at most
+    `rollout.max_refills` further rounds; what is still missing then is filled with them.
 
     Raises:
         WorldError: every world failed, again and again.
     """
     score = score or traffic_score(config)
-    recall = recall or Recall(times=0, seed=seed)
+    recall = recall or Recall(seed=seed)
     teaching: list[RolloutGroup] = []
     idle: list[RolloutGroup] = []
     tally = Tally()
@@ -181,10 +187,17 @@ async def collect_groups(
         if num_empty == MAX_EMPTY_ROUNDS:
             causes = ", ".join(sorted(k for k in tally.counts if k.startswith("failed/")))
             raise WorldError("no_groups", f"every world failed {num_empty} times: {causes}")
-        for question, answer in asked:
-            group, example = _group(question, answer, score, config, tally)
-            (idle if is_zero_variance(group.rewards, group.valid) else teaching).append(group)
+        for question, instant in asked:
+            tried = question.telling.as_told(instant.tried)
+            group, example = _group(question, tried, score, config, tally)
             examples.append(example)
+            if is_zero_variance(group.rewards, group.valid):
+                idle.append(group)
+                continue
+            teaching.append(group)
+            instant = instant.told()
+            if instant.times_told < config.rollout.tellings and instant.is_complete():
+                recall.add(instant)
         if len(teaching) + len(idle) >= quota:
             if num_refills == config.rollout.max_refills:
                 break
@@ -204,7 +217,7 @@ async def _round(
     new: bool,
     seed: int,
     tally: Tally,
-) -> list[tuple[_Asked, Tried]]:
+) -> list[tuple[_Asked, Instant]]:
     """Questions with their outcomes, `wanted` if there are as many; none about a new instant
     unless `new`."""
     start = time.perf_counter()
@@ -221,8 +234,7 @@ async def _round(
     generated = time.perf_counter()
     fresh, again = iter(asked[: len(decisions)]), asked[len(decisions) :]
     by_world = [next(fresh) if isinstance(state, Decision) else None for state in states]
-    every_phase = recall.times > 0
-    trials = [a.trial(every_phase=every_phase) if a else None for a in by_world]
+    trials = [a.trial(tellings=config.rollout.tellings) if a else None for a in by_world]
     tried = await worlds.settle(trials) if trials else []
     tally.sums.update(
         observe_s=observed - start,
@@ -236,12 +248,8 @@ async def _round(
         if answer.failure:
             _count_failure(tally, answer.failure)
             continue
-        recall.add(Instant(decision=state, tried=replace(answer, agreed=None)))
-        made.append((question, question.telling.as_told(answer)))
-    return made + [
-        (question, question.telling.as_told(instant.tried))
-        for question, instant in zip(again, known, strict=True)
-    ]
+        made.append((question, Instant(decision=state, tried=answer)))
+    return made + list(zip(again, known, strict=True))
 
 
 def _tell(decision: Decision, rng: random.Random) -> _Telling:

@@ -82,10 +82,7 @@ class GrpoLoop:
         self._model_path = str(folder.path("sft", start))
         self._worlds, self._generator = worlds, generator
         self._score = score
-        self._recalls = [
-            Recall(times=config.rollout.tellings - 1, seed=config.seed * 1_000 + i)
-            for i in range(len(worlds))
-        ]
+        self._recalls = [Recall(seed=config.seed * 1_000 + i) for i in range(len(worlds))]
         self._buffer = BufferActor.remote()
         self._health = HealthMonitor(config)
         self._load = LoadSampler()

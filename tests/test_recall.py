@@ -1,33 +1,36 @@
-"""Recall: instants come back as often as they were added for, and not at once."""
+"""Recall: instants come back as often as they were added, and not at once."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from decision_case import decision, observation
+from decision_case import decision, observation, outcome
 
 from rl_ft.recall import Instant, Recall
 from rl_ft.worlds import Tried
 
 
 def instants(num: int) -> list[Instant]:
-    return [
-        Instant(decision=decision(observation()), tried=Tried(outcomes={}, failure=str(i)))
-        for i in range(num)
-    ]
+    seen = decision(observation())
+    return [Instant(decision=seen, tried=Tried(outcomes={}, failure=str(i))) for i in range(num)]
+
+
+def filled(seed: int, *, times: int = 2, num: int = 20, num_waiting: int = 0) -> Recall:
+    recall = Recall(seed=seed, num_waiting=num_waiting)
+    for instant in instants(num) * times:
+        recall.add(instant)
+    return recall
 
 
 def test_nothing_is_drawn_before_enough_instants_wait():
-    recall = Recall(times=2, seed=1, num_waiting=10)
-    for instant in instants(5):
-        recall.add(instant)
+    recall = filled(1, times=1, num=5, num_waiting=5)
     assert recall.draw(4) == []
+    recall.add(instants(1)[0])
+    assert len(recall.draw(4)) == 1
 
 
-def test_every_instant_comes_back_as_often_as_it_was_added_for():
-    recall = Recall(times=3, seed=1, num_waiting=0)
-    for instant in instants(20):
-        recall.add(instant)
+def test_every_instant_comes_back_as_often_as_it_was_added():
+    recall = filled(1, times=3)
     drawn = recall.draw(50) + recall.draw(50)
     assert set(Counter(instant.tried.failure for instant in drawn).values()) == {3}
     assert len(drawn) == 60
@@ -35,15 +38,19 @@ def test_every_instant_comes_back_as_often_as_it_was_added_for():
 
 def test_the_order_is_drawn_from_the_seed():
     def order(seed: int) -> list[str | None]:
-        recall = Recall(times=2, seed=seed, num_waiting=0)
-        for instant in instants(20):
-            recall.add(instant)
-        return [instant.tried.failure for instant in recall.draw(40)]
+        return [instant.tried.failure for instant in filled(seed).draw(40)]
 
     assert order(1) == order(1) != order(2)
 
 
-def test_without_times_nothing_is_kept():
-    recall = Recall(times=0, seed=1, num_waiting=0)
-    recall.add(instants(1)[0])
-    assert recall.draw(1) == []
+def test_an_instant_is_complete_when_every_legal_phase_was_tried():
+    seen = decision(observation(), (0, 2))
+    for phases, complete in (((0,), False), ((0, 2), True), ((0, 1, 2), True)):
+        tried = Tried(outcomes={phase: outcome(1.0) for phase in phases}, agreed=True)
+        assert Instant(decision=seen, tried=tried).is_complete() is complete
+
+
+def test_what_is_told_again_does_not_count_its_agreement_again():
+    instant = Instant(decision=decision(observation()), tried=Tried(outcomes={}, agreed=True))
+    again = instant.told()
+    assert (again.times_told, again.tried.agreed) == (1, None)

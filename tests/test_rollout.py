@@ -174,6 +174,13 @@ def test_rewards_have_the_order_of_the_measured_costs(worlds, config):
     assert compared
 
 
+def told(config: Config, times: int) -> Config:
+    """The configuration under which an instant is told so many times."""
+    return config.model_copy(
+        update={"rollout": config.rollout.model_copy(update={"tellings": times})}
+    )
+
+
 def greens(decision: Decision) -> list[int]:
     """The legal phases in an order that does not depend on how they are told."""
     return sorted(decision.legal, key=lambda i: decision.junction.phases[i].state)
@@ -181,8 +188,8 @@ def greens(decision: Decision) -> list[int]:
 
 def test_an_instant_is_told_in_several_orders_and_tried_once(worlds, config):
     answers = [lambda d: greens(d)[0], lambda d: greens(d)[-1]]
-    recall = Recall(times=2, seed=1, num_waiting=4)
-    collected, _ = collect(worlds, config, answers, quota=40, recall=recall)
+    recall = Recall(seed=1, num_waiting=4)
+    collected, _ = collect(worlds, told(config, 3), answers, quota=40, recall=recall)
     by_state = defaultdict(list)
     for group in collected.groups:
         by_state[group.group_id].append(group)
@@ -196,20 +203,33 @@ def test_an_instant_is_told_in_several_orders_and_tried_once(worlds, config):
 
 
 def test_what_is_missing_is_asked_about_earlier_instants_without_simulating(worlds, config):
-    recall = Recall(times=9, seed=1, num_waiting=0)
+    recall = Recall(seed=1, num_waiting=0)
     answers = [lambda d: greens(d)[0], lambda d: greens(d)[-1]]
-    collect(worlds, config, answers, quota=8, recall=recall)
+    collect(worlds, told(config, 10), answers, quota=8, recall=recall)
     rounds = worlds.num_rounds
-    collected, _ = collect(worlds, config, answers, quota=8, recall=recall)
+    collected, _ = collect(worlds, told(config, 10), answers, quota=8, recall=recall)
     assert worlds.num_rounds == rounds + 1
     assert not any(is_zero_variance(g.rewards, g.valid) for g in collected.groups)
 
 
 def test_where_an_instant_is_told_again_every_legal_phase_is_tried(worlds, config):
-    collect(worlds, config, [first, first], recall=Recall(times=1, seed=1))
+    collect(worlds, told(config, 2), [lambda d: greens(d)[0], lambda d: greens(d)[-1]])
     assert worlds.trials
     for own, trial in worlds.trials:
         assert trial.phases == own.legal
+
+
+def test_an_instant_on_which_all_agree_is_not_told_again(worlds, config):
+    recall = Recall(seed=1, num_waiting=0)
+    collect(worlds, told(config, 9), [first, first], recall=recall)
+    assert recall.ready() == 0
+
+
+def test_an_instant_that_was_not_tried_in_full_is_not_told_again(worlds, config):
+    recall = Recall(seed=1, num_waiting=0)
+    collected, _ = collect(worlds, told(config, 9), [first, "nothing"], recall=recall)
+    assert any(not is_zero_variance(g.rewards, g.valid) for g in collected.groups)
+    assert recall.ready() == 0
 
 
 def test_what_is_tried_and_executed_is_what_the_answers_mean(worlds, config):
