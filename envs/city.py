@@ -90,6 +90,10 @@ class City:
     yellow_s: int
     turnarounds: bool
     truck_share: float
+    late_lanes: bool
+    """Vehicles enter on the kerb lane, SUMO's default, and look for theirs on the way: where the
+    approach is short they do so in front of the signal and block the lane for those behind.
+    Otherwise they enter on the lane that suits their turn."""
     load: float
     """Share of a lane's saturation flow that the busiest lanes of all greens carry together."""
 
@@ -133,6 +137,7 @@ def draw_city(seed: int) -> City:
         yellow_s=rng.choice((3, 3, 4, 5)),
         turnarounds=turnarounds,
         truck_share=round(rng.uniform(0.0, 0.08), 3),
+        late_lanes=rng.random() < 0.5,
         load=round(rng.uniform(0.3, 0.5), 3),
     )
 
@@ -281,7 +286,12 @@ def _draw_lanes(
 
 
 def _draw_segments(rng: random.Random, lanes: int) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """The pieces of an approach: often a short one at the stop line, 300 m or more in all."""
+    """The pieces of an approach: often a short one at the stop line, mostly 300 m or more in all.
+
+    Some roads begin just before the signal, as they do at the edge of a map cut from a city.
+    """
+    if rng.random() < 0.2:
+        return (rng.uniform(60.0, 130.0),), (lanes,)
     if rng.random() < 0.55:
         first = rng.uniform(42.0, 105.0)
         grows = lanes > 1 and rng.random() < 0.45

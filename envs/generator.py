@@ -195,8 +195,9 @@ def _add_link(city: City, nodes: ET.Element, edges: ET.Element) -> None:
 
 
 def _exit_edges(crossing: Crossing, c: int, a: int) -> list[str]:
-    """The way out by an arm: one edge, or two where the approach's first piece is short."""
-    pieces = 1 if crossing.arms[a].segments_m[0] >= MIN_EXIT_M else 2
+    """The way out by an arm: one edge, or two where the first piece of several is short."""
+    segments_m = crossing.arms[a].segments_m
+    pieces = 1 if segments_m[0] >= MIN_EXIT_M else min(2, len(segments_m))
     return [f"out{c}_{a}_{s}" for s in range(pieces)]
 
 
@@ -242,6 +243,7 @@ def _write_demand(city: City, routes: Path, scale: float) -> None:
     ET.SubElement(mix, "vType", id="car", vClass="passenger", probability=f"{1 - trucks:.3f}")
     if trucks > 0:
         ET.SubElement(mix, "vType", id="truck", vClass="truck", probability=f"{trucks:.3f}")
+    entering = {} if city.late_lanes else {"departLane": "best", "departSpeed": "max"}
     flows = []
     for number, stream in enumerate(streams(city)):
         ET.SubElement(root, "route", id=f"r{number}", edges=" ".join(_edges(city, stream)))
@@ -260,9 +262,8 @@ def _write_demand(city: City, routes: Path, scale: float) -> None:
                     "begin": str(begin_s),
                     "end": str(begin_s + SLICE_S),
                     "probability": f"{probability:.5f}",
-                    "departLane": "best",
-                    "departSpeed": "max",
-                },
+                }
+                | entering,
             )
     ET.indent(root)
     ET.ElementTree(root).write(routes, encoding="UTF-8", xml_declaration=True)
