@@ -93,7 +93,7 @@ class City:
     late_lanes: bool
     """Vehicles enter on the kerb lane, SUMO's default, and look for theirs on the way: where the
     approach is short they do so in front of the signal and block the lane for those behind.
-    Otherwise they enter on the lane that suits their turn."""
+    Otherwise they enter at full speed on the lane that suits their turn."""
     load: float
     """Share of a lane's saturation flow that the busiest lanes of all greens carry together."""
 

@@ -27,7 +27,8 @@ from envs.types import Scenario
 DELAY_BOUNDS_S = (12.0, 42.0)
 """Mean delay that a generated city may have when its signals are actuated."""
 MAX_TRIES = 4
-MIN_EXIT_M = 90.0
+SHORT_EXIT_M = 90.0
+"""A way out shorter than this goes on with a second edge, if the approach beside it has one."""
 MIN_PROBABILITY = 2e-5
 """Flows of fewer vehicles a second are left out."""
 TOOL_TIMEOUT_S = 120.0
@@ -197,7 +198,7 @@ def _add_link(city: City, nodes: ET.Element, edges: ET.Element) -> None:
 def _exit_edges(crossing: Crossing, c: int, a: int) -> list[str]:
     """The way out by an arm: one edge, or two where the first piece of several is short."""
     segments_m = crossing.arms[a].segments_m
-    pieces = 1 if segments_m[0] >= MIN_EXIT_M else min(2, len(segments_m))
+    pieces = 1 if segments_m[0] >= SHORT_EXIT_M else min(2, len(segments_m))
     return [f"out{c}_{a}_{s}" for s in range(pieces)]
 
 

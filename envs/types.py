@@ -79,7 +79,7 @@ class Phase:
     """
 
     name: str
-    """A, B, C, ... in the order of the net's own program."""
+    """A, B, C, ... by its place; `envs.naming.renamed` puts the phases in another order."""
     state: str
     """SUMO signal state, one character per controlled link."""
     lanes: tuple[int, ...]

@@ -139,8 +139,11 @@ class RolloutConfig(Section):
     num_groups: int = Field(48, gt=0)
     """Groups per optimiser step: one telling of one decision state each."""
     tellings: int = Field(4, gt=0)
-    """How often a state is told as long as it teaches: each time in another order of its phases
-    and in another step, with answers sampled then. It is simulated once, over all legal phases."""
+    """How often a state is told as long as it teaches: each time in a step of its own, in an order
+    of its phases drawn anew, with answers sampled then. It is simulated once, and if it may be told
+    again over all legal phases."""
+    retell_after_steps: float = Field(5.0, ge=0)
+    """About how many steps lie between two tellings of a state."""
     num_worlds: int = Field(16, gt=0)
     """Simulations alive at once, spread over `ray.num_world_actors`."""
     behaviour: BehaviourConfig = BehaviourConfig(

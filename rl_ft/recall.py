@@ -2,7 +2,8 @@
 
 To simulate is what costs; to ask is cheap. Where every legal phase of an instant was branched, the
 reward of any answer is known, so the policy of a later step can be asked about it anew: its
-answers are sampled then, nothing is off-policy but the choice of the instant.
+answers are sampled then, nothing is off-policy but the choice of the instant. Nothing of it is
+saved: a resumed run begins with none.
 """
 
 from __future__ import annotations
@@ -13,10 +14,6 @@ from dataclasses import dataclass, replace
 from envs.types import Decision
 from rl_ft.worlds import Tried
 
-NUM_WAITING = 128
-"""Instants that wait before one is drawn: tellings of an instant must not meet in one batch,
-where they would pull in the same direction."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Instant:
@@ -26,10 +23,10 @@ class Instant:
     tried: Tried
     times_told: int = 0
 
-    def told(self) -> Instant:
-        """The same, told once more; that the executed branch agreed has been counted."""
+    def put_back(self, *, told: bool) -> Instant:
+        """The same for later; that the executed branch agreed has been counted."""
         tried = replace(self.tried, agreed=None)
-        return replace(self, tried=tried, times_told=self.times_told + 1)
+        return replace(self, tried=tried, times_told=self.times_told + told)
 
     def is_complete(self) -> bool:
         """Every legal phase was tried, so any answer has its reward."""
@@ -37,15 +34,17 @@ class Instant:
 
 
 class Recall:
-    """Instants that wait to be told again, drawn in random order.
+    """Instants that wait to be told again, drawn in random order once `num_waiting` are left.
+
+    Tellings of an instant should lie apart: close together they pull in the same direction.
 
     Example:
-        recall = Recall(seed=1)
+        recall = Recall(seed=1, num_waiting=1)
         recall.add(instant)
-        recall.draw(2)   # [] until enough instants wait
+        recall.draw(2)   # [] until more instants wait
     """
 
-    def __init__(self, *, seed: int, num_waiting: int = NUM_WAITING) -> None:
+    def __init__(self, *, seed: int, num_waiting: int) -> None:
         self._num_waiting = num_waiting
         self._rng = random.Random(seed)
         self._waiting: list[Instant] = []

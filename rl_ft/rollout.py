@@ -68,10 +68,10 @@ class Tally:
     """What happened while groups were collected; sums, so tallies of several workers add up."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """groups, zero_variance, failed, completions, strict, partial, invalid, distinct, agreed,
+    """groups, new, zero_variance, failed, completions, strict, partial, invalid, distinct, agreed,
     disagreed, and failed/<cause>."""
     sums: Counter[str] = field(default_factory=Counter)
-    """reward, gain_veh_s, regret_veh_s, and seconds by stage."""
+    """reward, gain_veh_s and regret_veh_s of new instants, and seconds by stage."""
 
     def add(self, other: Tally) -> None:
         """Take in another worker's tally."""
@@ -95,7 +95,7 @@ class _Telling:
     decision: Decision
     order: tuple[int, ...]
     reference: int
-    """What max-pressure would choose: always branched, to say what the policy gains over it."""
+    """What max-pressure would choose: branched too, to say what the policy gains over it."""
 
     def as_told(self, tried: Tried) -> Tried:
         """What was tried in the world, by the places of this telling."""
@@ -123,8 +123,8 @@ class _Asked:
     def trial(self, *, tellings: int) -> Trial:
         """What the world is to try; the first answer is executed.
 
-        Every legal phase, if the instant will be told again: unless the answers are unanimous,
-        so that they teach nothing.
+        Every legal phase, if the instant may be told again, but not where all answers choose the
+        same: to ask again would hardly teach.
         """
         telling = self.telling
         places = {place for place in self.chosen() if place is not None}
@@ -138,6 +138,8 @@ class _Asked:
         )
 
 
+_Questions = list[tuple[_Asked, Instant]]
+
 Score = Callable[[Decision, Sequence[int | None], Sequence[str], Tried], Sequence[Reward]]
 """Rewards of one group from the decision, each answer's phase and format, and what was tried."""
 
@@ -150,83 +152,86 @@ async def collect_groups(
     *,
     quota: int,
     seed: int,
+    recall: Recall,
     score: Score | None = None,
-    recall: Recall | None = None,
 ) -> Collected:
-    """Rounds of one decision per world until `quota` groups have something to teach.
+    """Rounds of questions until `quota` groups have something to teach.
 
-    What the worlds leave missing is asked about instants of earlier rounds and steps, where such
-    are ready in `recall`; an instant returns there as long as it teaches and was not told
-    `rollout.tellings` times. Groups without variance are refilled for at most
-    `rollout.max_refills` further rounds; what is still missing then is filled with them.
+    The first round asks about one new decision per world. What is missing is asked about instants
+    of earlier steps, where enough are ready in `recall`, else about new ones again. An instant
+    returns to `recall` as long as it teaches and was told less than `rollout.tellings` times.
+    Groups without variance are refilled for at most `rollout.max_refills` further rounds; what is
+    still missing then is filled with them.
 
     Raises:
         WorldError: every world failed, again and again.
     """
     score = score or traffic_score(config)
-    recall = recall or Recall(seed=seed)
     teaching: list[RolloutGroup] = []
+    taught: list[Instant] = []
     idle: list[RolloutGroup] = []
     tally = Tally()
     examples: list[dict[str, Any]] = []
     rounds = num_refills = num_empty = 0
     while len(teaching) < quota:
-        asked = await _round(
-            worlds,
+        missing = quota - len(teaching)
+        ask_worlds = not rounds or recall.ready() < missing
+        new, again = await _round(
+            worlds if ask_worlds else None,
+            recall,
             generate,
             render,
             config,
-            recall,
-            wanted=quota - len(teaching),
-            new=not rounds or recall.ready() < quota - len(teaching),
+            missing=missing,
             seed=seed + rounds,
             tally=tally,
         )
         rounds += 1
-        num_empty = 0 if asked else num_empty + 1
+        num_empty = num_empty + 1 if ask_worlds and not new else 0
         if num_empty == MAX_EMPTY_ROUNDS:
             causes = ", ".join(sorted(k for k in tally.counts if k.startswith("failed/")))
             raise WorldError("no_groups", f"every world failed {num_empty} times: {causes}")
-        for question, instant in asked:
-            tried = question.telling.as_told(instant.tried)
-            group, example = _group(question, tried, score, config, tally)
+        for i, (question, instant) in enumerate(new + again):
+            is_new = i < len(new)
+            group, example = _group(question, instant, score, config, tally, is_new=is_new)
             examples.append(example)
             if is_zero_variance(group.rewards, group.valid):
                 idle.append(group)
-                continue
-            teaching.append(group)
-            instant = instant.told()
-            if instant.times_told < config.rollout.tellings and instant.is_complete():
-                recall.add(instant)
+            else:
+                teaching.append(group)
+                taught.append(instant)
         if len(teaching) + len(idle) >= quota:
             if num_refills == config.rollout.max_refills:
                 break
             num_refills += 1
+    for i, instant in enumerate(taught):
+        instant = instant.put_back(told=i < quota)
+        if instant.times_told < config.rollout.tellings and instant.is_complete():
+            recall.add(instant)
     groups = (teaching + idle)[:quota]
     return Collected(groups=tuple(groups), tally=tally, examples=tuple(examples[:4]))
 
 
 async def _round(
-    worlds: Worlds,
+    worlds: Worlds | None,
+    recall: Recall,
     generate: Generate,
     render: Render,
     config: Config,
-    recall: Recall,
     *,
-    wanted: int,
-    new: bool,
+    missing: int,
     seed: int,
     tally: Tally,
-) -> list[tuple[_Asked, Instant]]:
-    """Questions with their outcomes, `wanted` if there are as many; none about a new instant
-    unless `new`."""
+) -> tuple[_Questions, _Questions]:
+    """Questions about a new instant of every world that has one; and, up to `missing` in all, about
+    instants of earlier steps."""
     start = time.perf_counter()
-    states = await worlds.states() if new else []
+    states = await worlds.states() if worlds else []
     for state in states:
         if isinstance(state, str):
             _count_failure(tally, state)
     decisions = [state for state in states if isinstance(state, Decision)]
-    known = recall.draw(wanted - len(decisions))
+    known = recall.draw(missing - len(decisions))
     rng = random.Random(seed)
     told = [_tell(decision, rng) for decision in (*decisions, *(i.decision for i in known))]
     observed = time.perf_counter()
@@ -235,21 +240,21 @@ async def _round(
     fresh, again = iter(asked[: len(decisions)]), asked[len(decisions) :]
     by_world = [next(fresh) if isinstance(state, Decision) else None for state in states]
     trials = [a.trial(tellings=config.rollout.tellings) if a else None for a in by_world]
-    tried = await worlds.settle(trials) if trials else []
+    tried = await worlds.settle(trials) if worlds else []
     tally.sums.update(
         observe_s=observed - start,
         generate_s=generated - observed,
         branch_s=time.perf_counter() - generated,
     )
-    made = []
+    new: _Questions = []
     for state, question, answer in zip(states, by_world, tried, strict=True):
         if question is None or answer is None or isinstance(state, str):
             continue
         if answer.failure:
             _count_failure(tally, answer.failure)
             continue
-        made.append((question, Instant(decision=state, tried=answer)))
-    return made + list(zip(again, known, strict=True))
+        new.append((question, Instant(decision=state, tried=answer)))
+    return new, list(zip(again, known, strict=True))
 
 
 def _tell(decision: Decision, rng: random.Random) -> _Telling:
@@ -286,8 +291,9 @@ async def _ask(
 
 
 def _group(
-    asked: _Asked, tried: Tried, score: Score, config: Config, tally: Tally
+    asked: _Asked, instant: Instant, score: Score, config: Config, tally: Tally, *, is_new: bool
 ) -> tuple[RolloutGroup, dict[str, Any]]:
+    tried = asked.telling.as_told(instant.tried)
     weights = reward_weights(config)
     kinds = [_kind(parsed) for parsed in asked.parsed]
     phases = asked.chosen()
@@ -306,6 +312,7 @@ def _group(
     )
     tally.counts.update(
         groups=1,
+        new=int(is_new),
         zero_variance=int(is_zero_variance(totals, valid)),
         completions=len(kinds),
         distinct=len(set(phases)),
@@ -315,7 +322,7 @@ def _group(
     )
     paid = [costs[phase] for phase in phases if phase in costs]
     tally.sums.update(reward=sum(totals) / len(totals))
-    if paid:
+    if paid and is_new:
         mean = sum(paid) / len(paid)
         gain, regret = costs[reference] - mean, mean - min(costs.values())
         tally.sums.update(gain_veh_s=gain, regret_veh_s=regret)
@@ -368,11 +375,14 @@ def metrics(tally: Tally) -> dict[str, float]:
     """The tally as the step's metrics: means and shares."""
     counts, sums = tally.counts, tally.sums
     groups, answers = max(1, counts["groups"]), max(1, counts["completions"])
-    asked = max(1, counts["groups"] + counts["failed"])
+    # Instants told again touch no world and were picked because they taught: they say nothing of
+    # failures, nor of how good the policy is where it drives.
+    new = max(1, counts["new"])
+    asked = max(1, counts["new"] + counts["failed"])
     return {
         "reward/mean": sums["reward"] / groups,
-        "reward/gain_over_max_pressure_veh_s": sums["gain_veh_s"] / groups,
-        "reward/regret_veh_s": sums["regret_veh_s"] / groups,
+        "reward/gain_over_max_pressure_veh_s": sums["gain_veh_s"] / new,
+        "reward/regret_veh_s": sums["regret_veh_s"] / new,
         "format/strict_share": counts["strict"] / answers,
         "format/partial_share": counts["partial"] / answers,
         "format/invalid_share": counts["invalid"] / answers,
@@ -381,6 +391,7 @@ def metrics(tally: Tally) -> dict[str, float]:
         "health/distinct_actions": counts["distinct"] / groups,
         "health/branch_disagreements": float(counts["disagreed"]),
         "rollout/groups": float(counts["groups"]),
+        "rollout/new_instants": float(counts["new"]),
         "time/observe_s": sums["observe_s"],
         "time/generate_s": sums["generate_s"],
         "time/branch_s": sums["branch_s"],

@@ -82,7 +82,8 @@ class GrpoLoop:
         self._model_path = str(folder.path("sft", start))
         self._worlds, self._generator = worlds, generator
         self._score = score
-        self._recalls = [Recall(seed=config.seed * 1_000 + i) for i in range(len(worlds))]
+        self._quotas = shares(config.rollout.num_groups, len(worlds))
+        self._recalls: list[Recall] = []
         self._buffer = BufferActor.remote()
         self._health = HealthMonitor(config)
         self._load = LoadSampler()
@@ -124,6 +125,11 @@ class GrpoLoop:
     def _go_on_from(self, ref: WeightsRef) -> None:
         """A learner has begun, or begun again: what comes after its checkpoint is made anew."""
         self._record.rewind(self._stage, ref.version)
+        steps = self._config.rollout.retell_after_steps
+        self._recalls = [
+            Recall(seed=self._config.seed * 1_000 + i, num_waiting=round(steps * quota))
+            for i, quota in enumerate(self._quotas)
+        ]
         log.info(
             "%s: from step %d of %d, weights %s",
             self._stage,
@@ -138,7 +144,6 @@ class GrpoLoop:
 
         started = time.perf_counter()
         generate = RemoteGenerate(self._generator, self._config)
-        quotas = shares(self._config.rollout.num_groups, len(self._worlds))
         parts: list[Collected] = await asyncio.gather(
             *(
                 collect_groups(
@@ -152,7 +157,7 @@ class GrpoLoop:
                     recall=recall,
                 )
                 for i, (actor, quota, recall) in enumerate(
-                    zip(self._worlds, quotas, self._recalls, strict=True)
+                    zip(self._worlds, self._quotas, self._recalls, strict=True)
                 )
             )
         )

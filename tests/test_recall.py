@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from decision_case import decision, observation, outcome
 
 from rl_ft.recall import Instant, Recall
@@ -50,7 +51,8 @@ def test_an_instant_is_complete_when_every_legal_phase_was_tried():
         assert Instant(decision=seen, tried=tried).is_complete() is complete
 
 
-def test_what_is_told_again_does_not_count_its_agreement_again():
+@pytest.mark.parametrize("told", [True, False])
+def test_what_is_put_back_does_not_count_its_agreement_again(told):
     instant = Instant(decision=decision(observation()), tried=Tried(outcomes={}, agreed=True))
-    again = instant.told()
-    assert (again.times_told, again.tried.agreed) == (1, None)
+    again = instant.put_back(told=told)
+    assert (again.times_told, again.tried.agreed) == (int(told), None)

@@ -150,7 +150,14 @@ def collect(
     config = config.model_copy(update={"grpo": grpo})
     collected = asyncio.run(
         collect_groups(
-            worlds, sampler, Letters(), config, quota=quota, seed=seed, score=score, recall=recall
+            worlds,
+            sampler,
+            Letters(),
+            config,
+            quota=quota,
+            seed=seed,
+            score=score,
+            recall=recall or Recall(seed=1, num_waiting=0),
         )
     )
     return collected, sampler
@@ -186,34 +193,75 @@ def greens(decision: Decision) -> list[int]:
     return sorted(decision.legal, key=lambda i: decision.junction.phases[i].state)
 
 
-def test_an_instant_is_told_in_several_orders_and_tried_once(worlds, config):
-    answers = [lambda d: greens(d)[0], lambda d: greens(d)[-1]]
-    recall = Recall(seed=1, num_waiting=4)
-    collected, _ = collect(worlds, told(config, 3), answers, quota=40, recall=recall)
+def extremes() -> list[Answer]:
+    """Two answers that mean the same greens however they are told."""
+    return [lambda d: greens(d)[0], lambda d: greens(d)[-1]]
+
+
+def test_an_instant_is_told_in_several_steps_and_tried_once(worlds, config):
+    recall = Recall(seed=1, num_waiting=2)
     by_state = defaultdict(list)
-    for group in collected.groups:
-        by_state[group.group_id].append(group)
+    for step in range(12):
+        collected, _ = collect(
+            worlds, told(config, 3), extremes(), quota=5, seed=100 * step, recall=recall
+        )
+        teaching = [g for g in collected.groups if not is_zero_variance(g.rewards, g.valid)]
+        assert len({group.group_id for group in teaching}) == len(teaching)
+        for group in teaching:
+            by_state[group.group_id].append(group)
     again = [groups for groups in by_state.values() if len(groups) > 1]
     assert len(again) > 5
     assert max(map(len, again)) == 3
-    assert len(worlds.trials) == len(by_state)
+    assert len({state_id(own) for own, _ in worlds.trials}) == len(worlds.trials)
     assert any(len({group.prompt_ids for group in groups}) > 1 for groups in again)
     for groups in again:
         assert len({group.rewards for group in groups}) == 1
 
 
-def test_what_is_missing_is_asked_about_earlier_instants_without_simulating(worlds, config):
+def filled(worlds, config) -> Recall:
+    """With some instants ready to be told again."""
     recall = Recall(seed=1, num_waiting=0)
-    answers = [lambda d: greens(d)[0], lambda d: greens(d)[-1]]
-    collect(worlds, told(config, 10), answers, quota=8, recall=recall)
+    while recall.ready() < 12:
+        collect(worlds, told(config, 10), extremes(), quota=8, recall=recall)
+    return recall
+
+
+def test_what_is_missing_is_asked_about_earlier_instants_without_simulating(worlds, config):
+    recall = filled(worlds, config)
     rounds = worlds.num_rounds
-    collected, _ = collect(worlds, told(config, 10), answers, quota=8, recall=recall)
+    collected, _ = collect(worlds, told(config, 10), extremes(), quota=8, recall=recall)
     assert worlds.num_rounds == rounds + 1
-    assert not any(is_zero_variance(g.rewards, g.valid) for g in collected.groups)
+    assert collected.tally.counts["new"] == NUM_WORLDS < collected.tally.counts["groups"]
+
+
+def test_instants_told_again_do_not_water_down_the_share_of_failures(worlds, config):
+    recall = filled(worlds, config)
+    worlds.before_settle = lambda: os.kill(worlds.pool.pids()[0], signal.SIGKILL)
+    collected, _ = collect(worlds, told(config, 10), extremes(), quota=8, recall=recall)
+    counts = collected.tally.counts
+    assert counts["failed"] > 0
+    assert counts["groups"] > counts["new"]
+    share = metrics(collected.tally)["health/failed_share"]
+    assert share == counts["failed"] / (counts["failed"] + counts["new"])
+
+
+def test_worlds_that_all_fail_are_found_out_although_instants_are_told_again(worlds, config):
+    class Dead(Pool):
+        async def states(self) -> list[Decision | str]:
+            return ["timeout"] * NUM_WORLDS
+
+        async def settle(self, trials: Sequence[Trial | None]) -> list[Tried | None]:
+            return [None] * len(trials)
+
+    recall = filled(worlds, config)
+    dead = Dead(worlds.pool)
+    dead.decisions = worlds.decisions
+    with pytest.raises(WorldError, match="every world failed"):
+        collect(dead, told(config, 2), extremes(), quota=1000, recall=recall)
 
 
 def test_where_an_instant_is_told_again_every_legal_phase_is_tried(worlds, config):
-    collect(worlds, told(config, 2), [lambda d: greens(d)[0], lambda d: greens(d)[-1]])
+    collect(worlds, told(config, 2), extremes())
     assert worlds.trials
     for own, trial in worlds.trials:
         assert trial.phases == own.legal
@@ -225,15 +273,17 @@ def test_an_instant_on_which_all_agree_is_not_told_again(worlds, config):
     assert recall.ready() == 0
 
 
-def test_an_instant_that_was_not_tried_in_full_is_not_told_again(worlds, config):
+def test_only_instants_that_were_tried_in_full_are_told_again(worlds, config):
     recall = Recall(seed=1, num_waiting=0)
-    collected, _ = collect(worlds, told(config, 9), [first, "nothing"], recall=recall)
-    assert any(not is_zero_variance(g.rewards, g.valid) for g in collected.groups)
-    assert recall.ready() == 0
+    collected, _ = collect(worlds, told(config, 9), [first, "nothing"], quota=8, recall=recall)
+    taught = [g for g in collected.groups if not is_zero_variance(g.rewards, g.valid)]
+    kept = recall.draw(100)
+    assert all(instant.is_complete() for instant in kept)
+    assert len(kept) < len(taught)
 
 
 def test_what_is_tried_and_executed_is_what_the_answers_mean(worlds, config):
-    collect(worlds, config, [lambda d: greens(d)[0], lambda d: greens(d)[-1]])
+    collect(worlds, told(config, 1), extremes())
     assert worlds.trials
     for own, trial in worlds.trials:
         assert trial.executed == greens(own)[0]
@@ -314,8 +364,17 @@ def test_worlds_that_all_fail_end_the_collection(config):
         raise AssertionError
 
     dead = Dead()
+    asking = collect_groups(
+        dead,
+        nobody_asks,
+        Letters(),
+        config,
+        quota=2,
+        seed=0,
+        recall=Recall(seed=1, num_waiting=0),
+    )
     with pytest.raises(WorldError, match="failed/died") as caught:
-        asyncio.run(collect_groups(dead, nobody_asks, Letters(), config, quota=2, seed=0))
+        asyncio.run(asking)
     assert caught.value.cause == "no_groups"
     assert dead.num_rounds == MAX_EMPTY_ROUNDS
 
@@ -391,6 +450,7 @@ def test_metrics_have_these_names(worlds, config):
         "health/distinct_actions",
         "health/branch_disagreements",
         "rollout/groups",
+        "rollout/new_instants",
         "time/observe_s",
         "time/generate_s",
         "time/branch_s",

@@ -145,6 +145,25 @@ def test_shares_of_an_arm_sum_to_one_and_no_vehicle_is_lost():
         assert sum(stream.rate_vph for stream in streams(city)) == pytest.approx(entering)
 
 
+def test_some_roads_begin_just_before_the_signal_and_some_vehicles_find_their_lane_late():
+    drawn = [draw_city(seed) for seed in range(1, 41)]
+    assert {city.late_lanes for city in drawn} == {True, False}
+    arms = [arm for city in drawn for crossing in city.crossings for arm in crossing.arms]
+    short = [arm for arm in arms if sum(arm.segments_m) < 130 and arm.rate_vph > 0]
+    assert 0.1 < len(short) / len(arms) < 0.3
+    assert min(arm.segments_m[0] for arm in short) < generator.SHORT_EXIT_M
+
+
+def test_late_lanes_leave_lane_and_speed_of_entry_to_sumo(tmp_path):
+    for late in (False, True):
+        city = replace(draw_city(1), late_lanes=late)
+        generator._write_demand(city, tmp_path / "a.rou.xml", 1.0)
+        flows = ET.parse(tmp_path / "a.rou.xml").getroot().findall("flow")
+        assert flows
+        for flow in flows:
+            assert ("departLane" in flow.attrib) == ("departSpeed" in flow.attrib) == (not late)
+
+
 def test_concurrent_callers_get_one_complete_city(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         made = set(pool.map(lambda _: generator.generate(2, tmp_path), range(4)))

@@ -22,6 +22,8 @@ from rl_ft.weights import digest, read_folder
 
 pytestmark = pytest.mark.e2e
 
+# Instants are told again as early and as often as they may be.
+RETOLD = ("rollout.tellings=3", "rollout.retell_after_steps=0")
 SHORT = ("grpo.max_steps=3", "grpo.learning_rate=0.002", "grpo.save_steps=3")
 TOY_STEPS = 30
 TOY = (
@@ -50,7 +52,9 @@ def start_digest(prepared):
 @pytest.fixture(scope="module")
 def twins(prepared, generator, tmp_path_factory):
     folder = tmp_path_factory.mktemp("twins")
-    return [run_loop(prepared, folder / name, generator, *SHORT) for name in ("one", "two")]
+    return [
+        run_loop(prepared, folder / name, generator, *SHORT, *RETOLD) for name in ("one", "two")
+    ]
 
 
 def measured(run):
@@ -74,6 +78,12 @@ def test_the_loop_reaches_its_last_step(twins):
 def test_two_runs_with_one_seed_measure_the_same(twins):
     one, two = map(measured, twins)
     assert one == two
+
+
+def test_instants_are_told_again_in_later_steps(twins):
+    told, new = twins[0].values("rollout/groups"), twins[0].values("rollout/new_instants")
+    assert told[0] == new[0]
+    assert any(a > b for a, b in zip(told[1:], new[1:], strict=True))
 
 
 def test_two_runs_with_one_seed_end_with_the_same_weights(twins):
