@@ -62,7 +62,7 @@ class Recall:
         drawn = []
         for _ in range(min(num, self.ready())):
             place = self._rng.randrange(len(self._waiting))
-            self._waiting[place], last = self._waiting[-1], self._waiting[place]
+            drawn.append(self._waiting[place])
+            self._waiting[place] = self._waiting[-1]
             self._waiting.pop()
-            drawn.append(last)
         return drawn

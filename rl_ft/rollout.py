@@ -126,15 +126,14 @@ class _Asked:
         Every legal phase, if the instant may be told again, but not where all answers choose the
         same: to ask again would hardly teach.
         """
-        telling = self.telling
-        places = {place for place in self.chosen() if place is not None}
+        telling, chosen = self.telling, self.chosen()
+        places = {place for place in chosen if place is not None}
         if tellings > 1 and len(places) > 1:
             places |= set(telling.decision.legal)
         places.add(telling.reference)
-        first = self.chosen()[0]
         return Trial(
             phases=tuple(sorted(telling.order[place] for place in places)),
-            executed=None if first is None else telling.order[first],
+            executed=None if chosen[0] is None else telling.order[chosen[0]],
         )
 
 
