@@ -27,7 +27,8 @@ INSTRUCTIONS = (
     "You control a traffic signal. Each line is a green phase: the lanes it opens, then their "
     "totals. q: queued vehicles; n, m, f: moving vehicles at 0-50, 50-100 and 100-200 m; w: "
     "seconds the first vehicle has waited (the longest, in totals). yield: must give way. shared: "
-    "the lane also has turns that this phase does not open. full: the road behind the junction is "
+    "the lane also has turns that this phase does not open. blocked: it has green, yet its first "
+    "vehicle stands. full: the road behind the junction is "
     "full. green: the running phase and its seconds. Choose the next phase to keep everyone's "
     'delay small. Answer with JSON only, like {"phase": "A"}.'
 )
@@ -38,6 +39,10 @@ _TURN_SETS = tuple(
     "+".join(turn for bit, turn in enumerate(_TURN_ORDER) if mask >> bit & 1)
     for mask in range(1, 16)
 )
+BLOCKED_AFTER_S = 10
+"""Seconds of green after which a first vehicle that has stood as long is called blocked: it waits
+for a gap, or for another turn's green. More green helps nobody behind it."""
+
 FULL_BELOW = 0.2
 """Share of free space behind the junction below which a phase is called full."""
 
@@ -55,6 +60,7 @@ def round_s(seconds: int) -> int:
 VOCABULARY: tuple[str, ...] = (
     "yield",
     "shared",
+    "blocked",
     "empty",
     "full",
     "green",
@@ -91,8 +97,9 @@ def _phase_text(decision: Decision, index: int) -> str:
     junction, observation = decision.junction, decision.observation
     phase = junction.phases[index]
     states = [observation.lanes[lane] for lane in phase.lanes]
+    running = index == observation.current and observation.green_s >= BLOCKED_AFTER_S
     lanes = ", ".join(
-        _lane_text(junction.lanes[lane], observation.lanes[lane], turns, protected)
+        _lane_text(junction.lanes[lane], observation.lanes[lane], turns, protected, running=running)
         for lane, turns, protected in zip(phase.lanes, phase.turns, phase.protected, strict=True)
     )
     words = []
@@ -106,12 +113,16 @@ def _phase_text(decision: Decision, index: int) -> str:
     return f"{lanes}: {' '.join(words)}"
 
 
-def _lane_text(lane: LaneSpec, state: LaneState, turns: Sequence[Turn], protected: bool) -> str:
+def _lane_text(
+    lane: LaneSpec, state: LaneState, turns: Sequence[Turn], protected: bool, *, running: bool
+) -> str:
     words = [lane.approach, "+".join(turns)]
     if not protected:
         words.append("yield")
     if set(turns) != set(lane.turns):
         words.append("shared")
+    if running and state.first_wait_s >= BLOCKED_AFTER_S:
+        words.append("blocked")
     words.append(_fields(state, skip_zeros=True) or "empty")
     return " ".join(words)
 

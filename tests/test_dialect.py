@@ -47,9 +47,23 @@ def test_the_text_of_a_decision_is_exactly_this():
     assert observation_text(decision(seen, legal=(0, 2))) == (
         "north through+right q2 n1 f3 w15: full q2 n1 m0 f3 w15 choose A\n"
         "north left q4 w105: q4 n0 m0 f0 w105\n"
-        "north right shared q2 n1 f3 w15, north left yield q4 w105, east through empty: "
+        "north right shared blocked q2 n1 f3 w15, north left yield blocked q4 w105, "
+        "east through empty: "
         "green g15 q6 n1 m0 f3 w105 choose C"
     )
+
+
+@pytest.mark.parametrize(
+    ("green_s", "wait_s", "current", "blocked"),
+    [(10, 10, 1, True), (9, 40, 1, False), (40, 9, 1, False), (40, 40, 0, False)],
+    ids=["stands in green", "green is young", "it moves", "it has red"],
+)
+def test_a_lane_whose_first_vehicle_stands_in_green_is_called_blocked(
+    green_s, wait_s, current, blocked
+):
+    seen = observation(lane(), lane(4, wait_s=wait_s), current=current, green_s=green_s)
+    line = observation_text(decision(seen)).splitlines()[1]
+    assert ("blocked" in line.split()) is blocked
 
 
 @given(seen=observations, legal=legal_sets)
