@@ -14,12 +14,11 @@ from typing import Any
 
 import ray
 
-from envs.types import Decision
 from rl_ft.buffer import GroupBuffer
 from rl_ft.config import Config
 from rl_ft.parity import MismatchGate, ParityError
 from rl_ft.types import Completion, RolloutGroup, WeightsRef
-from rl_ft.worlds import Trial, Tried, WorldPool, shares
+from rl_ft.worlds import Order, State, Tried, WorldPool, shares
 
 
 class RemoteWorlds:
@@ -28,13 +27,13 @@ class RemoteWorlds:
     def __init__(self, actor: Any) -> None:
         self.actor = actor
 
-    async def states(self) -> list[Decision | str]:
+    async def states(self) -> list[State]:
         """See `WorldPool.states`."""
         return await self.actor.states.remote()
 
-    async def settle(self, trials: Sequence[Trial | None]) -> list[Tried | None]:
+    async def settle(self, orders: Sequence[Order | None]) -> list[Tried | None]:
         """See `WorldPool.settle`."""
-        return await self.actor.settle.remote(list(trials))
+        return await self.actor.settle.remote(list(orders))
 
 
 class RemoteGenerate:
@@ -47,13 +46,18 @@ class RemoteGenerate:
         self._seeded = config.generation.reproducible
 
     async def __call__(
-        self, prompts: Sequence[Sequence[int]], *, num_samples: int, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        seed: int,
+        greedy: bool = False,
     ) -> list[list[Completion]]:
         """Sample; the seed counts only where the configuration asks for identical runs."""
         return await self.actor.generate.remote(
             [tuple(prompt) for prompt in prompts],
             num_samples=num_samples,
-            temperature=self._temperature,
+            temperature=0.0 if greedy else self._temperature,
             max_tokens=self._max_tokens,
             seed=seed if self._seeded else None,
         )

@@ -6,25 +6,25 @@ costs its group and is counted; it never becomes a reward.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from envs import dialect
-from envs.controllers import max_pressure
 from envs.errors import WorldError
-from envs.naming import renamed
 from envs.reward import Reward, cost_veh_s, group_rewards
 from envs.types import Decision, ParseFailure
 from rl_ft.advantage import group_advantages, is_zero_variance, with_surprise
+from rl_ft.asking import Asked, Generate, Render, ask, tell
 from rl_ft.config import Config
 from rl_ft.dataset import reward_weights, state_id
 from rl_ft.recall import Instant, Recall
-from rl_ft.types import Completion, RolloutGroup
-from rl_ft.worlds import Trial, Tried
+from rl_ft.types import RolloutGroup
+from rl_ft.worlds import Order, State, Tried
 
 MAX_EMPTY_ROUNDS = 10
 """Rounds in a row in which every world failed, after which none is expected to recover."""
@@ -36,30 +36,12 @@ ADVANTAGE_FLOOR = 1.0
 class Worlds(Protocol):
     """`rl_ft.worlds.WorldPool`, wherever it runs."""
 
-    async def states(self) -> list[Decision | str]:
-        """For every world its next decision, or why there is none."""
+    async def states(self) -> list[State]:
+        """Where every world stands."""
         ...
 
-    async def settle(self, trials: Sequence[Trial | None]) -> list[Tried | None]:
+    async def settle(self, orders: Sequence[Order | None]) -> list[Tried | None]:
         """Branch and execute."""
-        ...
-
-
-class Generate(Protocol):
-    """Sample completions of prompts; where the model runs is not the caller's business."""
-
-    async def __call__(
-        self, prompts: Sequence[Sequence[int]], *, num_samples: int, seed: int
-    ) -> list[list[Completion]]:
-        """`num_samples` completions for each prompt."""
-        ...
-
-
-class Render(Protocol):
-    """`rl_ft.render.Renderer.prompt_ids`."""
-
-    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        """Token ids of a chat up to where the answer starts."""
         ...
 
 
@@ -88,56 +70,7 @@ class Collected:
     examples: tuple[dict[str, Any], ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Telling:
-    """A decision told with its phases in another order: place i holds the world's `order[i]`."""
-
-    decision: Decision
-    order: tuple[int, ...]
-    reference: int
-    """What max-pressure would choose: branched too, to say what the policy gains over it."""
-
-    def as_told(self, tried: Tried) -> Tried:
-        """What was tried in the world, by the places of this telling."""
-        outcomes = {
-            place: tried.outcomes[phase]
-            for place, phase in enumerate(self.order)
-            if phase in tried.outcomes
-        }
-        return replace(tried, outcomes=outcomes)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Asked:
-    """A telling with its sampled and parsed answers."""
-
-    telling: _Telling
-    prompt_ids: tuple[int, ...]
-    completions: tuple[Completion, ...]
-    parsed: tuple[dialect.Parsed | ParseFailure, ...]
-
-    def chosen(self) -> list[int | None]:
-        """The phase of each answer by its place; None where there is none."""
-        return [p.action.phase if isinstance(p, dialect.Parsed) else None for p in self.parsed]
-
-    def trial(self, *, tellings: int) -> Trial:
-        """What the world is to try; the first answer is executed.
-
-        Every legal phase, if the instant may be told again, but not where all answers choose the
-        same: to ask again would hardly teach.
-        """
-        telling, chosen = self.telling, self.chosen()
-        places = {place for place in chosen if place is not None}
-        if tellings > 1 and len(places) > 1:
-            places |= set(telling.decision.legal)
-        places.add(telling.reference)
-        return Trial(
-            phases=tuple(sorted(telling.order[place] for place in places)),
-            executed=None if chosen[0] is None else telling.order[chosen[0]],
-        )
-
-
-_Questions = list[tuple[_Asked, Instant]]
+_Questions = list[tuple[Asked, Instant]]
 
 Score = Callable[[Decision, Sequence[int | None], Sequence[str], Tried], Sequence[Reward]]
 """Rewards of one group from the decision, each answer's phase and format, and what was tried."""
@@ -156,8 +89,9 @@ async def collect_groups(
 ) -> Collected:
     """Rounds of questions until `quota` groups have something to teach.
 
-    The first round asks about one new decision per world. What is missing is asked about instants
-    of earlier steps, where enough are ready in `recall`, else about new ones again. An instant
+    The first round asks about one new decision of every world that stands at one; the others are
+    driven on by the policy. What is missing is asked about instants of earlier steps, where enough
+    are ready in `recall`, else about new ones again. An instant
     returns to `recall` as long as it teaches and was told less than `rollout.tellings` times.
     Groups without variance are refilled for at most `rollout.max_refills` further rounds; what is
     still missing then is filled with them.
@@ -175,7 +109,7 @@ async def collect_groups(
     while len(teaching) < quota:
         missing = quota - len(teaching)
         ask_worlds = not rounds or recall.ready() < missing
-        new, again = await _round(
+        new, again, all_failed = await _round(
             worlds if ask_worlds else None,
             recall,
             generate,
@@ -186,7 +120,7 @@ async def collect_groups(
             tally=tally,
         )
         rounds += 1
-        num_empty = num_empty + 1 if ask_worlds and not new else 0
+        num_empty = num_empty + 1 if ask_worlds and all_failed else 0
         if num_empty == MAX_EMPTY_ROUNDS:
             causes = ", ".join(sorted(k for k in tally.counts if k.startswith("failed/")))
             raise WorldError("no_groups", f"every world failed {num_empty} times: {causes}")
@@ -221,76 +155,65 @@ async def _round(
     missing: int,
     seed: int,
     tally: Tally,
-) -> tuple[_Questions, _Questions]:
+) -> tuple[_Questions, _Questions, bool]:
     """Questions about a new instant of every world that has one; and, up to `missing` in all, about
-    instants of earlier steps."""
+    instants of earlier steps; and whether every world failed."""
     start = time.perf_counter()
     states = await worlds.states() if worlds else []
     for state in states:
         if isinstance(state, str):
             _count_failure(tally, state)
     decisions = [state for state in states if isinstance(state, Decision)]
+    driving = [decision for state in states if isinstance(state, tuple) for decision in state]
     known = recall.draw(missing - len(decisions))
     rng = random.Random(seed)
-    told = [_tell(decision, rng) for decision in (*decisions, *(i.decision for i in known))]
+    told = [tell(decision, rng) for decision in (*decisions, *(i.decision for i in known))]
+    ways = [tell(decision, rng) for decision in driving]
     observed = time.perf_counter()
-    asked = await _ask(told, generate, render, config, seed=seed)
+    asked, driven = await asyncio.gather(
+        ask(told, generate, render, config, seed=seed),
+        ask(ways, generate, render, config, seed=seed, greedy=True),
+    )
     generated = time.perf_counter()
     fresh, again = iter(asked[: len(decisions)]), asked[len(decisions) :]
     by_world = [next(fresh) if isinstance(state, Decision) else None for state in states]
-    trials = [a.trial(tellings=config.rollout.tellings) if a else None for a in by_world]
-    tried = await worlds.settle(trials) if worlds else []
+    orders = _orders(states, by_world, driven, tellings=config.rollout.tellings)
+    tried = await worlds.settle(orders) if worlds else []
     tally.sums.update(
         observe_s=observed - start,
         generate_s=generated - observed,
         branch_s=time.perf_counter() - generated,
     )
+    all_failed = all(answer is None or answer.failure for answer in tried)
     new: _Questions = []
     for state, question, answer in zip(states, by_world, tried, strict=True):
-        if question is None or answer is None or isinstance(state, str):
-            continue
-        if answer.failure:
+        if answer and answer.failure:
             _count_failure(tally, answer.failure)
-            continue
-        new.append((question, Instant(decision=state, tried=answer)))
-    return new, list(zip(again, known, strict=True))
+        elif question and answer and isinstance(state, Decision):
+            new.append((question, Instant(decision=state, tried=answer)))
+    return new, list(zip(again, known, strict=True)), all_failed
 
 
-def _tell(decision: Decision, rng: random.Random) -> _Telling:
-    """In a random order: what a name means changes from question to question."""
-    order = list(range(len(decision.junction.phases)))
-    rng.shuffle(order)
-    return _Telling(
-        decision=renamed(decision, order),
-        order=tuple(order),
-        reference=order.index(max_pressure(decision).phase),
-    )
-
-
-async def _ask(
-    told: Sequence[_Telling], generate: Generate, render: Render, config: Config, *, seed: int
-) -> list[_Asked]:
-    instructions = config.model.instructions
-    prompts = [
-        render.prompt_ids(dialect.messages(telling.decision, instructions=instructions))
-        for telling in told
-    ]
-    if not prompts:
-        return []
-    sampled = await generate(prompts, num_samples=config.grpo.num_generations, seed=seed)
-    return [
-        _Asked(
-            telling=telling,
-            prompt_ids=tuple(prompt),
-            completions=tuple(completions),
-            parsed=tuple(dialect.parse(telling.decision, c.text) for c in completions),
-        )
-        for telling, prompt, completions in zip(told, prompts, sampled, strict=True)
-    ]
+def _orders(
+    states: Sequence[State],
+    by_world: Sequence[Asked | None],
+    driven: Sequence[Asked],
+    *,
+    tellings: int,
+) -> list[Order | None]:
+    """A trial for a world with a question; for one that the policy drives, its choices."""
+    choices = iter(driven)
+    orders: list[Order | None] = []
+    for state, question in zip(states, by_world, strict=True):
+        if isinstance(state, tuple):
+            orders.append({d.junction.tls_id: next(choices).to_execute() for d in state})
+        else:
+            orders.append(question.trial(tellings=tellings) if question else None)
+    return orders
 
 
 def _group(
-    asked: _Asked, instant: Instant, score: Score, config: Config, tally: Tally, *, is_new: bool
+    asked: Asked, instant: Instant, score: Score, config: Config, tally: Tally, *, is_new: bool
 ) -> tuple[RolloutGroup, dict[str, Any]]:
     tried = asked.telling.as_told(instant.tried)
     weights = reward_weights(config)
@@ -355,7 +278,7 @@ def _count_failure(tally: Tally, cause: str) -> None:
     tally.counts.update({"failed": 1, f"failed/{cause}": 1})
 
 
-def _example(asked: _Asked, costs: dict[int, float]) -> dict[str, Any]:
+def _example(asked: Asked, costs: dict[int, float]) -> dict[str, Any]:
     decision = asked.telling.decision
     names = [phase.name for phase in decision.junction.phases]
     first = asked.chosen()[0]

@@ -1,8 +1,11 @@
-"""A few traffic worlds under one roof: each always stands at a decision that is worth asking.
+"""A few traffic worlds under one roof: each always waits for the policy.
 
 Plain class without Ray. Worlds are driven by a mixture of the policy and classical controllers,
 so that training sees states the policy reaches by itself and states it would not. A world that
 dies is replaced and what depended on it is reported as failed, never scored.
+
+Between two questions the policy drives by itself, every decision of every junction: what it must
+learn to leave again are the states that it drives into.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 
 from envs.errors import UserError, WorldError
 from envs.scenario import load_scenario
-from envs.types import Decision, Outcome
+from envs.types import Decision, JointAction, Outcome
 from envs.world import World
 from rl_ft.config import BehaviourConfig, Config
 
@@ -44,6 +47,14 @@ class Tried:
     that action was not branched."""
 
 
+State = Decision | tuple[Decision, ...] | str
+"""Where a world stands: a decision to ask about and to branch; or the decisions that the policy is
+to make, all of one instant, because it drives; or the cause why there is none."""
+
+Order = Trial | JointAction
+"""What a world is to do: try and execute, or just execute the policy's choices."""
+
+
 class _Episode:
     """One world with its scenario, clock and current driver."""
 
@@ -53,6 +64,8 @@ class _Episode:
         self.driver = "policy"
         self.driver_until_s = -1.0
         self.decision: Decision | None = None
+        self.forced: JointAction = {}
+        """Phases of the junctions that have no choice while the policy drives."""
         self.pause = 0
         """Decision intervals that pass before the next question."""
 
@@ -71,49 +84,58 @@ class WorldPool:
         self._scenarios = tuple(scenarios)
         self._rngs = [random.Random(f"{seed}/{i}") for i in range(num_worlds)]
         self._episodes: list[_Episode | None] = [None] * num_worlds
+        self._num_barren = [0] * num_worlds
+        """Episodes that ended since the last question."""
 
     def pids(self) -> list[int]:
         """Process ids of the worlds that are running."""
         return [episode.world.pid for episode in self._episodes if episode]
 
-    def states(self) -> list[Decision | str]:
-        """For every world its next decision that matters, or the cause why there is none."""
+    def states(self) -> list[State]:
+        """Where every world stands."""
         return [self._state(i) for i in range(len(self._episodes))]
 
-    def _state(self, index: int) -> Decision | str:
+    def _state(self, index: int) -> State:
         try:
-            return self._next_decision(index)
+            return self._next_state(index)
         except WorldError as error:
             return self._fail(index, error)
 
-    def settle(self, trials: Sequence[Trial | None]) -> list[Tried | None]:
-        """Branch every world's trial, then execute; None for a world without a decision."""
-        return [None if trial is None else self._settle(i, trial) for i, trial in enumerate(trials)]
+    def settle(self, orders: Sequence[Order | None]) -> list[Tried | None]:
+        """Branch what is to be tried, then execute; None for a world that does not wait."""
+        return [None if order is None else self._settle(i, order) for i, order in enumerate(orders)]
 
     def close(self) -> None:
         """End all worlds."""
         for i in range(len(self._episodes)):
             self._end(i)
 
-    def _next_decision(self, index: int) -> Decision:
+    def _next_state(self, index: int) -> Decision | tuple[Decision, ...]:
         rng = self._rngs[index]
-        ended = 0
         while True:
             episode = self._episodes[index] or self._start(index)
             time_s, _ = episode.world.time()
             if time_s >= episode.end_s:
-                ended += 1
-                if ended > MAX_BARREN_EPISODES:
+                self._num_barren[index] += 1
+                if self._num_barren[index] > MAX_BARREN_EPISODES:
                     raise UserError(self._barren())
                 self._start(index, episode.world)
                 continue
-            worthy = [d for d in episode.world.decisions() if self._matters(d)]
+            decisions = episode.world.decisions()
+            worthy = [d for d in decisions if self._matters(d)]
             if worthy and not episode.pause:
                 episode.pause = rng.randint(0, self._rollout.max_pause)
                 episode.decision = rng.choice(worthy)
+                self._num_barren[index] = 0
                 return episode.decision
             episode.pause = max(0, episode.pause - 1)
-            episode.world.drive(self._driver(index, episode, time_s), time_s + 1)
+            driver = self._driver(index, episode, time_s)
+            choices = tuple(d for d in decisions if len(d.legal) > 1)
+            if episode.driver == "policy" and choices:
+                forced = (d for d in decisions if len(d.legal) == 1)
+                episode.forced = {d.junction.tls_id: d.legal[0] for d in forced}
+                return choices
+            episode.world.drive(driver, time_s + 1)
 
     def _barren(self) -> str:
         rollout = self._rollout
@@ -142,23 +164,29 @@ class WorldPool:
         world.drive(rng.choice(("max_pressure", "max_wave")), begin_s)
         return episode
 
-    def _settle(self, index: int, trial: Trial) -> Tried:
+    def _settle(self, index: int, order: Order) -> Tried:
         episode = self._episodes[index]
         assert episode is not None
-        assert episode.decision is not None
-        tls_id = episode.decision.junction.tls_id
         try:
-            outcomes: dict[int, Outcome] = {}
-            if len(trial.phases) > 1:
-                found = episode.world.branch(
-                    [{tls_id: phase} for phase in trial.phases],
-                    self._config.reward.horizon_s,
-                    self._config.reward.follow,
-                )
-                outcomes = dict(zip(trial.phases, found, strict=True))
-            agreed = self._execute(index, episode, trial.executed, outcomes)
+            if isinstance(order, Trial):
+                return self._try(index, episode, order)
+            episode.world.step({**episode.forced, **order})
         except WorldError as error:
             return Tried(outcomes={}, failure=self._fail(index, error))
+        return Tried(outcomes={})
+
+    def _try(self, index: int, episode: _Episode, trial: Trial) -> Tried:
+        assert episode.decision is not None
+        tls_id = episode.decision.junction.tls_id
+        outcomes: dict[int, Outcome] = {}
+        if len(trial.phases) > 1:
+            found = episode.world.branch(
+                [{tls_id: phase} for phase in trial.phases],
+                self._config.reward.horizon_s,
+                self._config.reward.follow,
+            )
+            outcomes = dict(zip(trial.phases, found, strict=True))
+        agreed = self._execute(index, episode, trial.executed, outcomes)
         return Tried(outcomes=outcomes, agreed=agreed)
 
     def _execute(

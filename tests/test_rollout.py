@@ -16,14 +16,14 @@ from envs.controllers import max_pressure
 from envs.errors import WorldError
 from envs.naming import renamed
 from envs.reward import Reward
-from envs.types import Action, Decision
+from envs.types import Action, Decision, JointAction
 from rl_ft.advantage import is_zero_variance
 from rl_ft.config import Config
 from rl_ft.dataset import state_id
 from rl_ft.recall import Recall
 from rl_ft.rollout import MAX_EMPTY_ROUNDS, Collected, Tally, collect_groups, metrics
 from rl_ft.types import Completion
-from rl_ft.worlds import Trial, Tried, WorldPool
+from rl_ft.worlds import Order, State, Trial, Tried, WorldPool
 
 NUM_WORLDS = 2
 
@@ -44,25 +44,30 @@ class Pool:
         self.pool = pool
         self.decisions: dict[str, Decision] = {}
         self.num_rounds = 0
-        self.states_now: list[Decision | str] = []
+        self.states_now: list[State] = []
         self.trials: list[tuple[Decision, Trial]] = []
+        self.driven: list[tuple[tuple[Decision, ...], JointAction]] = []
         self.before_settle: Callable[[], None] = lambda: None
 
-    async def states(self) -> list[Decision | str]:
+    async def states(self) -> list[State]:
         self.num_rounds += 1
         self.states_now = states = self.pool.states()
         for state in states:
-            if isinstance(state, Decision):
-                for order in permutations(range(len(state.junction.phases))):
-                    told = renamed(state, order)
-                    self.decisions[dialect.observation_text(told)] = told
+            self._remember((state,) if isinstance(state, Decision) else state)
         return states
 
-    async def settle(self, trials: Sequence[Trial | None]) -> list[Tried | None]:
+    def _remember(self, decisions: tuple[Decision, ...] | str) -> None:
+        for decision in decisions:
+            for order in permutations(range(len(decision.junction.phases))):
+                told = renamed(decision, order)
+                self.decisions[dialect.observation_text(told)] = told
+
+    async def settle(self, orders: Sequence[Order | None]) -> list[Tried | None]:
         self.before_settle()
-        pairs = zip(self.states_now, trials, strict=True)
-        self.trials += [(s, t) for s, t in pairs if isinstance(s, Decision) and t]
-        return self.pool.settle(trials)
+        pairs = list(zip(self.states_now, orders, strict=True))
+        self.trials += [(s, o) for s, o in pairs if isinstance(o, Trial)]
+        self.driven += [(s, o) for s, o in pairs if isinstance(s, tuple)]
+        return self.pool.settle(orders)
 
 
 class Sampler:
@@ -73,12 +78,19 @@ class Sampler:
         self.seeds: list[int] = []
 
     async def __call__(
-        self, prompts: Sequence[Sequence[int]], *, num_samples: int, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        seed: int,
+        greedy: bool = False,
     ) -> list[list[Completion]]:
-        assert num_samples == len(self.answers)
-        self.seeds.append(seed)
+        assert num_samples == (1 if greedy else len(self.answers))
+        if not greedy:
+            self.seeds.append(seed)
         decisions = [self.worlds.decisions["".join(map(chr, ids))] for ids in prompts]
-        return [[self._completion(d, answer) for answer in self.answers] for d in decisions]
+        answers = self.answers[:num_samples]
+        return [[self._completion(d, answer) for answer in answers] for d in decisions]
 
     @staticmethod
     def _completion(decision: Decision, answer: Answer) -> Completion:
@@ -116,6 +128,7 @@ def config(smoke_config: Config) -> Config:
     rollout = {
         "warm_up_s": 200.0,
         "max_refills": 1,
+        "max_pause": 0,
         "min_queue_veh": 6,
         "behaviour": smoke_config.rollout.behaviour.model_copy(
             update={"policy": 1.0, "max_pressure": 0.0, "max_wave": 0.0, "random": 0.0}
@@ -247,11 +260,11 @@ def test_instants_told_again_do_not_water_down_the_share_of_failures(worlds, con
 
 def test_worlds_that_all_fail_are_found_out_although_instants_are_told_again(worlds, config):
     class Dead(Pool):
-        async def states(self) -> list[Decision | str]:
+        async def states(self) -> list[State]:
             return ["timeout"] * NUM_WORLDS
 
-        async def settle(self, trials: Sequence[Trial | None]) -> list[Tried | None]:
-            return [None] * len(trials)
+        async def settle(self, orders: Sequence[Order | None]) -> list[Tried | None]:
+            return [None] * len(orders)
 
     recall = filled(worlds, config)
     dead = Dead(worlds.pool)
@@ -288,6 +301,48 @@ def test_what_is_tried_and_executed_is_what_the_answers_mean(worlds, config):
     for own, trial in worlds.trials:
         assert trial.executed == greens(own)[0]
         assert set(trial.phases) == {greens(own)[0], greens(own)[-1], reference(own)}
+
+
+def pausing(config: Config) -> Config:
+    """The configuration under which worlds are driven for a while between two questions."""
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_pause": 6})})
+
+
+@pytest.fixture(scope="module")
+def driven(config):
+    """Worlds that the policy drives between questions."""
+    pool = WorldPool(pausing(config), ("generated:1", "generated:6"), seed=3, num_worlds=3)
+    yield Pool(pool)
+    pool.close()
+
+
+def test_between_questions_the_policy_drives_by_what_its_answers_mean(driven, config):
+    collect(driven, pausing(config), extremes(), quota=12)
+    assert len(driven.driven) > 5
+    for standing, order in driven.driven:
+        assert order == {d.junction.tls_id: greens(d)[0] for d in standing}
+
+
+def test_where_the_driving_policy_has_no_answer_max_pressure_decides(driven, config):
+    driven.driven.clear()
+    collect(driven, pausing(config), ["nothing", first], quota=6)
+    assert driven.driven
+    for standing, order in driven.driven:
+        assert order == {d.junction.tls_id: reference(d) for d in standing}
+
+
+def test_a_world_that_dies_while_the_policy_drives_is_counted(driven, config):
+    def kill_a_driven_one() -> None:
+        for pid, state in zip(driven.pool.pids(), driven.states_now, strict=True):
+            if isinstance(state, tuple):
+                os.kill(pid, signal.SIGKILL)
+                driven.before_settle = lambda: None
+                return
+
+    driven.before_settle = kill_a_driven_one
+    collected, _ = collect(driven, pausing(config), [first, last], quota=12)
+    counts = collected.tally.counts
+    assert counts["failed"] == counts["failed/died"] == 1
 
 
 def test_a_group_carries_its_prompt_its_version_and_centred_advantages(worlds, config):
@@ -356,8 +411,8 @@ def test_worlds_that_all_fail_end_the_collection(config):
             self.num_rounds += 1
             return ["died"] * 2
 
-        async def settle(self, trials: Sequence[Trial | None]) -> list[None]:
-            assert list(trials) == [None, None]
+        async def settle(self, orders: Sequence[Order | None]) -> list[None]:
+            assert list(orders) == [None, None]
             return [None, None]
 
     async def nobody_asks(*_: object, **__: object) -> None:
@@ -401,7 +456,8 @@ def test_another_score_replaces_the_measured_one(worlds, config):
 
 def test_answering_as_max_pressure_gains_nothing_over_it(worlds, config):
     def as_max_pressure(told: Decision) -> int:
-        [own] = [s for s in worlds.states_now if state_id(s) == state_id(told)]
+        standing = [s if isinstance(s, tuple) else (s,) for s in worlds.states_now]
+        [own] = [d for s in standing for d in s if state_id(d) == state_id(told)]
         green = own.junction.phases[reference(own)].state
         return [phase.state for phase in told.junction.phases].index(green)
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from envs.errors import UserError
 from envs.types import Decision
 from rl_ft.config import BehaviourConfig, Config, PrepareConfig
-from rl_ft.worlds import Trial, Tried, WorldPool, draw_driver, worth_asking
+from rl_ft.worlds import Order, State, Trial, Tried, WorldPool, draw_driver, worth_asking
 
 POLICY_ONLY = BehaviourConfig(policy=1, max_pressure=0, max_wave=0, random=0)
 BASE_ONLY = BehaviourConfig(policy=0, max_pressure=0, max_wave=1, random=0)
@@ -45,18 +45,26 @@ def make_pool(smoke_config):
         pool.close()
 
 
-def every_phase(state: Decision | str, executed: int | None = -1) -> Trial:
+def every_phase(state: State, executed: int | None = -1) -> Order:
     """All legal phases; by default the last of them is executed."""
+    if isinstance(state, tuple):
+        return {d.junction.tls_id: d.legal[-1] for d in state}
     assert isinstance(state, Decision)
     return Trial(phases=state.legal, executed=state.legal[-1] if executed == -1 else executed)
 
 
-def advance(pool: WorldPool, rounds: int) -> list[tuple[Decision | str, Tried | None]]:
-    walked = []
-    for _ in range(rounds):
+def advance(pool: WorldPool, questions: int) -> list[tuple[State, Tried | None]]:
+    """Until the pool has put so many questions; what it stood at, and what was tried."""
+    walked: list[tuple[State, Tried | None]] = []
+    while sum(not isinstance(state, tuple) for state, _ in walked) < questions:
         states = pool.states()
         walked += zip(states, pool.settle([every_phase(s) for s in states]), strict=True)
     return walked
+
+
+def asked(walked: list[tuple[State, Tried | None]]) -> list[tuple[State, Tried | None]]:
+    """Without the instants at which the policy only drove."""
+    return [(state, tried) for state, tried in walked if not isinstance(state, tuple)]
 
 
 def test_same_seed_gives_the_same_decisions_and_outcomes(make_pool):
@@ -67,14 +75,14 @@ def test_same_seed_gives_the_same_decisions_and_outcomes(make_pool):
 
 
 def test_every_state_is_worth_asking_and_every_phase_is_tried(make_pool):
-    for state, tried in advance(make_pool(min_queue_veh=4), 4):
+    for state, tried in asked(advance(make_pool(min_queue_veh=4), 4)):
         assert worth_asking(state, 4)
         assert tuple(tried.outcomes) == state.legal
         assert tried.failure is None
 
 
 def test_neighbouring_instants_are_left_out(make_pool):
-    walked = advance(make_pool(max_pause=8), 12)
+    walked = asked(advance(make_pool(max_pause=8), 12))
     times = [state.observation.time_s for state, _ in walked]
     gaps = [b - a for a, b in itertools.pairwise(times) if b > a]
     assert sum(gaps) / len(gaps) > 20
@@ -82,8 +90,32 @@ def test_neighbouring_instants_are_left_out(make_pool):
 
 @pytest.mark.parametrize("scenario", ["generated:1", "generated:6"])
 def test_the_live_world_agrees_with_the_branch_of_what_it_executes(make_pool, scenario):
-    walked = advance(make_pool((scenario,), behaviour=POLICY_ONLY), 5)
+    walked = asked(advance(make_pool((scenario,), behaviour=POLICY_ONLY), 5))
     assert [tried.agreed for _, tried in walked] == [True] * 5
+
+
+def test_between_questions_the_policy_makes_every_choice(make_pool):
+    pool = make_pool(("generated:6",), behaviour=POLICY_ONLY, max_pause=8)
+    followed = 0
+    for _ in range(12):
+        (state,) = pool.states()
+        order = every_phase(state)
+        assert pool.settle([order]) == [Tried(outcomes={})] or isinstance(order, Trial)
+        if not isinstance(order, Trial):
+            now = pool._episodes[0].world.decisions()
+            current = {d.junction.tls_id: d.observation.current for d in now}
+            assert current.items() >= order.items()
+            followed += len(order)
+    assert followed > 4
+
+
+def test_a_world_killed_while_the_policy_drives_is_replaced(make_pool):
+    pool = make_pool(behaviour=POLICY_ONLY, max_pause=8)
+    while not isinstance((state := pool.states()[0]), tuple):
+        pool.settle([every_phase(state)])
+    os.kill(pool.pids()[0], signal.SIGKILL)
+    assert pool.settle([every_phase(state)]) == [Tried(outcomes={}, failure="died")]
+    assert not isinstance(pool.states()[0], str)
 
 
 def test_a_branch_that_is_not_what_happens_disagrees(make_pool):
@@ -107,7 +139,8 @@ def test_nothing_can_agree_where_the_base_decides(make_pool, behaviour, executed
     (tried,) = pool.settle([every_phase(state, executed)])
     assert tried.agreed is None
     assert len(tried.outcomes) == len(state.legal)
-    assert pool.states()[0].observation.time_s > state.observation.time_s
+    [(after, _)] = advance(pool, 1)[-1:]
+    assert after.observation.time_s > state.observation.time_s
 
 
 def test_one_distinct_phase_is_executed_but_not_simulated(make_pool):
@@ -125,9 +158,9 @@ def test_a_world_killed_between_rounds_is_reported_and_replaced(make_pool):
     os.kill(killed, signal.SIGKILL)
     cause, state = pool.states()
     assert cause == "died"
-    assert isinstance(state, Decision)
+    assert not isinstance(state, str)
     assert pool.settle([None, every_phase(state)])[0] is None
-    assert all(isinstance(state, Decision) for state in pool.states())
+    assert not any(isinstance(state, str) for state in pool.states())
     replaced, kept = pool.pids()
     assert kept == untouched
     assert replaced != killed
@@ -140,18 +173,18 @@ def test_a_world_killed_in_a_round_fails_its_own_trial_only(make_pool):
     failed, fine = pool.settle([every_phase(state) for state in states])
     assert failed == Tried(outcomes={}, failure="died")
     assert fine.outcomes
-    assert all(isinstance(state, Decision) for state in pool.states())
+    assert not any(isinstance(state, str) for state in pool.states())
 
 
 def test_episodes_follow_one_another(make_pool):
-    walked = advance(make_pool(("generated:1", "generated:2"), episode_s=40.0), 10)
+    walked = asked(advance(make_pool(("generated:1", "generated:2"), episode_s=40.0), 10))
     assert len({state.seed for state, _ in walked}) > 2
     assert {state.scenario for state, _ in walked} == {"generated:1", "generated:2"}
 
 
 def test_settings_under_which_nothing_is_worth_asking_are_the_users_mistake(make_pool):
     with pytest.raises(UserError, match="min_queue_veh=9999"):
-        make_pool(min_queue_veh=9999, episode_s=60.0).states()
+        advance(make_pool(min_queue_veh=9999, episode_s=60.0), 1)
 
 
 def test_closing_ends_every_world(make_pool):

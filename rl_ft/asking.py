@@ -1,0 +1,138 @@
+"""From decisions to answers: told with the phases in a random order, asked, parsed.
+
+The sampler and the renderer are two small protocols; what an answer is worth is the business of
+`rl_ft.rollout`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from envs import dialect
+from envs.controllers import max_pressure
+from envs.naming import renamed
+from envs.types import Decision, ParseFailure
+from rl_ft.config import Config
+from rl_ft.types import Completion
+from rl_ft.worlds import Trial, Tried
+
+
+class Generate(Protocol):
+    """Sample completions of prompts; where the model runs is not the caller's business."""
+
+    async def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        seed: int,
+        greedy: bool = False,
+    ) -> list[list[Completion]]:
+        """`num_samples` completions for each prompt; `greedy`: the most likely one."""
+        ...
+
+
+class Render(Protocol):
+    """`rl_ft.render.Renderer.prompt_ids`."""
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """Token ids of a chat up to where the answer starts."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Telling:
+    """A decision told with its phases in another order: place i holds the world's `order[i]`."""
+
+    decision: Decision
+    order: tuple[int, ...]
+    reference: int
+    """What max-pressure would choose: branched too, to say what the policy gains over it."""
+
+    def as_told(self, tried: Tried) -> Tried:
+        """What was tried in the world, by the places of this telling."""
+        outcomes = {
+            place: tried.outcomes[phase]
+            for place, phase in enumerate(self.order)
+            if phase in tried.outcomes
+        }
+        return replace(tried, outcomes=outcomes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A telling with its sampled and parsed answers."""
+
+    telling: Telling
+    prompt_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+    parsed: tuple[dialect.Parsed | ParseFailure, ...]
+
+    def chosen(self) -> list[int | None]:
+        """The phase of each answer by its place; None where there is none."""
+        return [p.action.phase if isinstance(p, dialect.Parsed) else None for p in self.parsed]
+
+    def to_execute(self) -> int:
+        """The phase of the first answer, or max-pressure's where it is invalid."""
+        place = self.chosen()[0]
+        return self.telling.order[self.telling.reference if place is None else place]
+
+    def trial(self, *, tellings: int) -> Trial:
+        """What the world is to try; the first answer is executed.
+
+        Every legal phase, if the instant may be told again, but not where all answers choose the
+        same: to ask again would hardly teach.
+        """
+        telling, chosen = self.telling, self.chosen()
+        places = {place for place in chosen if place is not None}
+        if tellings > 1 and len(places) > 1:
+            places |= set(telling.decision.legal)
+        places.add(telling.reference)
+        return Trial(
+            phases=tuple(sorted(telling.order[place] for place in places)),
+            executed=None if chosen[0] is None else telling.order[chosen[0]],
+        )
+
+
+def tell(decision: Decision, rng: random.Random) -> Telling:
+    """In a random order: what a name means changes from question to question."""
+    order = list(range(len(decision.junction.phases)))
+    rng.shuffle(order)
+    return Telling(
+        decision=renamed(decision, order),
+        order=tuple(order),
+        reference=order.index(max_pressure(decision).phase),
+    )
+
+
+async def ask(
+    told: Sequence[Telling],
+    generate: Generate,
+    render: Render,
+    config: Config,
+    *,
+    seed: int,
+    greedy: bool = False,
+) -> list[Asked]:
+    """`grpo.num_generations` answers about each telling, or the most likely one."""
+    instructions = config.model.instructions
+    prompts = [
+        render.prompt_ids(dialect.messages(telling.decision, instructions=instructions))
+        for telling in told
+    ]
+    if not prompts:
+        return []
+    num = 1 if greedy else config.grpo.num_generations
+    sampled = await generate(prompts, num_samples=num, seed=seed, greedy=greedy)
+    return [
+        Asked(
+            telling=telling,
+            prompt_ids=tuple(prompt),
+            completions=tuple(completions),
+            parsed=tuple(dialect.parse(telling.decision, c.text) for c in completions),
+        )
+        for telling, prompt, completions in zip(told, prompts, sampled, strict=True)
+    ]
