@@ -23,8 +23,8 @@ class Section(BaseModel):
 class ScenarioConfig(Section):
     """Which traffic worlds a run trains on and which it is judged on."""
 
-    train: tuple[str, ...] = ("generated:1-48",)
-    """Scenario names; `generated:1-48` stands for 48 of them."""
+    train: tuple[str, ...] = ("generated:1-96",)
+    """Scenario names; `generated:1-96` stands for 96 of them."""
     held_out: tuple[str, ...] = ("generated:1001-1002", "resco:cologne1", "resco:ingolstadt1")
 
 
@@ -90,7 +90,7 @@ class PrepareConfig(Section):
     """Lookahead's lessons are drawn from softmax(-cost / temperature)."""
     min_queue_veh: int = Field(1, ge=0)
     """States with fewer queued and approaching vehicles teach little and are skipped."""
-    states_per_episode: int = Field(50, gt=0)
+    states_per_episode: int = Field(35, gt=0)
     warm_up_s: float = Field(120.0, ge=0)
     behaviour: BehaviourConfig = BehaviourConfig()
 
@@ -126,8 +126,9 @@ class RewardConfig(Section):
     time_loss: float = 1.0
     junction_time_loss: float = 0.0
     halting: float = 0.0
-    scale_floor: float = Field(10.0, gt=0)
-    """Veh s: the traffic reward of a group is divided by its deviation, but by no less."""
+    scale_floor: float = Field(30.0, gt=0)
+    """Veh s: the traffic reward of a group is divided by its deviation, but by no less. Below the
+    floor an instant counts by what it costs, so the few that cost most lead."""
     format_strict: float = 0.0
     format_partial: float = -0.5
     format_invalid: float = -2.0
@@ -144,15 +145,15 @@ class RolloutConfig(Section):
     again over all legal phases."""
     retell_after_steps: float = Field(5.0, ge=0)
     """About how many steps lie between two tellings of a state."""
-    num_worlds: int = Field(16, gt=0)
+    num_worlds: int = Field(32, gt=0)
     """Simulations alive at once, spread over `ray.num_world_actors`."""
     behaviour: BehaviourConfig = BehaviourConfig(
         policy=0.7, max_pressure=0.1, max_wave=0.1, random=0.1
     )
     min_queue_veh: int = Field(2, ge=0)
-    max_pause: int = Field(8, ge=0)
+    max_pause: int = Field(4, ge=0)
     """Between two questions a world is driven for 0 to this many decision intervals: neighbouring
-    instants are alike and teach the same."""
+    instants are alike and teach the same. The policy drives by its most likely answers."""
     max_refills: int = Field(2, ge=0)
     """Further rounds that replace groups without variance."""
     episode_s: float = Field(1800.0, gt=0)
@@ -174,7 +175,9 @@ class GrpoConfig(Section):
     lr_scheduler_type: str = "cosine"
     adam_beta2: float = 0.99
     weight_decay: float = 0.0
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(0.1, gt=0)
+    """Small, so that it clips every step: a few instants cost a hundred times as much as most, and
+    the steps that hold them must not outweigh all others in the optimizer's moments."""
     loss_type: str = "dapo"
     importance_sampling_level: Literal["token", "sequence"] = "token"
     epsilon: float = 0.2
@@ -182,13 +185,16 @@ class GrpoConfig(Section):
     beta: float = 0.0
     entropy_coef: float = Field(0.0, ge=0)
     """TRL's bonus in the loss, over the whole vocabulary."""
-    surprise_coef: float = Field(0.6, ge=0)
+    surprise_coef: float = Field(0.2, ge=0)
     """Adds -coef * log of the action's share of the group to the reward, whose traffic term has
     a deviation of 1: maximum-entropy RL. Unlike `entropy_coef`, only legal answers stay alive."""
     groups_per_micro_batch: int = Field(16, gt=0)
     gradient_checkpointing: bool = False
     """Trades time for memory: for models that do not fit otherwise."""
-    save_steps: int = Field(20, gt=0)
+    save_steps: int = Field(10, gt=0)
+    average_from: float = Field(0.4, ge=0, le=1)
+    """The model that is left is the mean of the weights at every `save_steps` steps from this share
+    of the steps on; 1: the last weights alone."""
     min_entropy: float = Field(0.001, ge=0)
     """Entropy guard: below it for `patience` steps the run stops with the cause."""
     patience: int = Field(20, gt=0)

@@ -32,6 +32,7 @@ from rl_ft.recall import Recall
 from rl_ft.render import Renderer
 from rl_ft.rollout import Collected, Score, Tally, collect_groups, metrics
 from rl_ft.run_folder import RunFolder
+from rl_ft.snapshots import Snapshots
 from rl_ft.types import RolloutGroup, WeightsRef
 from rl_ft.worlds import shares
 
@@ -93,6 +94,7 @@ class GrpoLoop:
         self._pending: dict[int, dict[str, float]] = {}
         self._refs: list[WeightsRef] = []
         self._groups: list[RolloutGroup] = []
+        self._snapshots = Snapshots(folder.path(self._stage, "snapshots"))
         self._steps_start = time.perf_counter()
 
     async def run(self) -> None:
@@ -115,16 +117,18 @@ class GrpoLoop:
             await self._take_metrics()
             if len(self._refs) == 1 or ref.version <= self._refs[0].version:
                 self._go_on_from(ref)
+            self._keep(ref)
             if ref.version >= self._config.grpo.max_steps:
                 break
             await self._collect(ref.version, sync_s)
         await asyncio.wrap_future(learner)
         await self._take_metrics()
-        self._save_model(self._refs[-1])
+        self._save_model()
 
     def _go_on_from(self, ref: WeightsRef) -> None:
         """A learner has begun, or begun again: what comes after its checkpoint is made anew."""
         self._record.rewind(self._stage, ref.version)
+        self._snapshots.rewind(ref.version)
         steps = self._config.rollout.retell_after_steps
         self._recalls = [
             Recall(seed=self._config.seed * 1_000 + i, num_waiting=round(steps * quota))
@@ -293,13 +297,26 @@ class GrpoLoop:
             file = self._folder.path(self._stage, "examples.json")
             file.write_text(json.dumps(telling, indent=1), encoding="utf-8")
 
-    def _save_model(self, ref: WeightsRef) -> None:
-        """The last version as an ordinary Hugging Face folder."""
+    def _keep(self, ref: WeightsRef) -> None:
+        """What the final model is the mean of."""
         import ray
 
-        from rl_ft.weights import fetch, save_folder
+        from rl_ft.weights import fetch
 
-        save_folder(fetch(ref, ray.get), self._model_path, self._folder.path(self._stage, "model"))
+        grpo = self._config.grpo
+        is_due = ref.version % grpo.save_steps == 0
+        if ref.version == grpo.max_steps or (
+            is_due and ref.version >= grpo.average_from * grpo.max_steps
+        ):
+            self._snapshots.add(ref.version, fetch(ref, ray.get))
+
+    def _save_model(self) -> None:
+        """The mean of the kept versions as an ordinary Hugging Face folder."""
+        from rl_ft.weights import save_folder
+
+        target = self._folder.path(self._stage, "model")
+        save_folder(self._snapshots.mean(), self._model_path, target)
+        self._snapshots.clear()
 
 
 def _stop(worlds: Sequence[Any], generator: Any) -> None:

@@ -1,0 +1,80 @@
+"""Weights kept on the way, whose mean is the model that a run leaves.
+
+Single versions of a policy in training differ by chance; their mean does less so (Izmailov et al.
+2018, "Averaging weights leads to wider optima and better generalization"). Full tensors in files,
+so a resumed run, or one that trains an adapter, leaves the same mean.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Snapshots:
+    """Versions of the weights in a folder, one file each.
+
+    Example:
+        kept = Snapshots(folder)
+        kept.add(60, weights)
+        kept.rewind(59)   # 60 will be made anew
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+
+    def versions(self) -> list[int]:
+        """What is kept, in order."""
+        return sorted(int(file.stem) for file in self._folder.glob("[0-9]*.safetensors"))
+
+    def add(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
+        """Keep a version; the file appears whole or not at all."""
+        from safetensors.torch import save_file
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = self._folder / f".{version}.partial"
+        # Tied tensors are one storage under two names, which safetensors refuses.
+        save_file({name: tensor.clone() for name, tensor in state_dict.items()}, partial)
+        partial.replace(self._file(version))
+
+    def rewind(self, version: int) -> None:
+        """Forget what came after a version."""
+        for later in self.versions():
+            if later > version:
+                self._file(later).unlink()
+
+    def mean(self) -> dict[str, Tensor]:
+        """The mean of all versions, tensor by tensor.
+
+        As a running mean: that of equal tensors is the tensor itself, to the last bit.
+
+        Raises:
+            ValueError: nothing was kept.
+        """
+        means: dict[str, Tensor] = {}
+        for count, state_dict in enumerate(self._load(), start=1):
+            for name, tensor in state_dict.items():
+                mean = means.setdefault(name, tensor.float())
+                means[name] = mean + (tensor.float() - mean) / count
+        if not means:
+            raise ValueError(f"no weights were kept in {self._folder}")
+        kinds = {name: tensor.dtype for name, tensor in next(self._load()).items()}
+        return {name: mean.to(kinds[name]) for name, mean in means.items()}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _load(self) -> Iterator[dict[str, Tensor]]:
+        from safetensors.torch import load_file
+
+        for version in self.versions():
+            yield load_file(self._file(version))
+
+    def _file(self, version: int) -> Path:
+        return self._folder / f"{version}.safetensors"
