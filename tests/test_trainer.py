@@ -138,7 +138,8 @@ def masked_groups(folder):
 
 
 def assert_same(ours, theirs):
-    assert ours[0] == pytest.approx(theirs[0], rel=2e-6, abs=2e-6)
+    # The loss is a sum of terms about 1 that nearly cancel: rounding is absolute.
+    assert ours[0] == pytest.approx(theirs[0], rel=2e-6, abs=1e-5)
     assert (ours[1] - theirs[1]).norm() <= 1e-5 * theirs[1].norm()
     assert theirs[1].norm() > 1e-4
 
