@@ -8,7 +8,9 @@ import signal
 
 import pytest
 import ray
+import torch
 from loop_case import (
+    STAGE,
     START,
     FirstLegal,
     num_logged,
@@ -98,7 +100,7 @@ def test_the_sampler_gets_every_version_once_and_in_order(twins):
     assert [version for version, _ in twins[0].loaded] == [0, 1, 2, 3]
 
 
-def test_the_saved_model_is_the_last_version(twins):
+def test_where_one_version_is_kept_the_saved_model_is_the_last(twins):
     assert twins[0].final_digest == twins[0].loaded[-1][1]
 
 
@@ -134,7 +136,9 @@ def still(prepared, generator, tmp_path_factory):
         generator,
         "grpo.max_steps=4",
         "grpo.learning_rate=0",
-        "grpo.save_steps=4",
+        "grpo.save_steps=2",
+        # So that every world is asked in every round.
+        "rollout.behaviour.policy=0",
         "ray.num_world_actors=2",
         meanwhile=kill_a_world,
     )
@@ -212,6 +216,20 @@ def test_a_killed_learner_goes_on_from_its_checkpoint_and_so_does_the_sampler(to
     version, weights = run.loaded[again]
     assert version in (4, 8)
     assert dict(run.loaded[:again])[version] == weights
+
+
+def test_the_saved_model_is_the_mean_of_the_later_checkpoints(toy):
+    run, _ = toy
+    stage = run.root / STAGE
+    later = [
+        read_folder(stage / "checkpoints" / f"checkpoint-{step}")
+        for step in (12, 16, 20, 24, 28, TOY_STEPS)
+    ]
+    for name, tensor in read_folder(stage / "model").items():
+        mean = torch.stack([weights[name] for weights in later]).mean(0)
+        assert torch.allclose(tensor, mean, atol=1e-6)
+        assert not torch.equal(tensor, later[-1][name])
+    assert not (stage / "snapshots").exists()
 
 
 def test_a_toy_reward_is_learnt_by_the_real_path(toy):
