@@ -28,9 +28,9 @@ INSTRUCTIONS = (
     "totals. q: queued vehicles; n, m, f: moving vehicles at 0-50, 50-100 and 100-200 m; w: "
     "seconds the first vehicle has waited (the longest, in totals). yield: must give way. shared: "
     "the lane also has turns that this phase does not open. blocked: it has green, yet its first "
-    "vehicle stands. full: the road behind the junction is "
-    "full. green: the running phase and its seconds. Choose the next phase to keep everyone's "
-    'delay small. Answer with JSON only, like {"phase": "A"}.'
+    "vehicle stands. full: the road behind the junction is full. green: the running phase and its "
+    "seconds. Choose the next phase to keep everyone's delay small. Answer with JSON only, like "
+    '{"phase": "A"}.'
 )
 
 _SECTORS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
@@ -41,7 +41,7 @@ _TURN_SETS = tuple(
 )
 BLOCKED_AFTER_S = 10
 """Seconds of green after which a first vehicle that has stood as long is called blocked: it waits
-for a gap, or for another turn's green. More green helps nobody behind it."""
+for a gap or for another turn's green, and nobody behind it gets through."""
 
 FULL_BELOW = 0.2
 """Share of free space behind the junction below which a phase is called full."""

@@ -76,12 +76,13 @@ class Asked:
         return [p.action.phase if isinstance(p, dialect.Parsed) else None for p in self.parsed]
 
     def to_execute(self) -> int:
-        """The phase of the first answer, or max-pressure's where it is invalid."""
+        """What the first answer does to its junction while the policy drives; max-pressure decides
+        where it is invalid, as in the closed loop."""
         place = self.chosen()[0]
         return self.telling.order[self.telling.reference if place is None else place]
 
     def trial(self, *, tellings: int) -> Trial:
-        """What the world is to try; the first answer is executed.
+        """What the world is to try; the first answer is executed where the policy drives.
 
         Every legal phase, if the instant may be told again, but not where all answers choose the
         same: to ask again would hardly teach.

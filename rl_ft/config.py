@@ -153,7 +153,8 @@ class RolloutConfig(Section):
     min_queue_veh: int = Field(2, ge=0)
     max_pause: int = Field(4, ge=0)
     """Between two questions a world is driven for 0 to this many decision intervals: neighbouring
-    instants are alike and teach the same. The policy drives by its most likely answers."""
+    instants are alike and teach the same. Where the policy drives, it does so by its most likely
+    answers."""
     max_refills: int = Field(2, ge=0)
     """Further rounds that replace groups without variance."""
     episode_s: float = Field(1800.0, gt=0)
@@ -194,7 +195,7 @@ class GrpoConfig(Section):
     save_steps: int = Field(10, gt=0)
     average_from: float = Field(0.4, ge=0, le=1)
     """The model that is left is the mean of the weights at every `save_steps` steps from this share
-    of the steps on; 1: the last weights alone."""
+    of the steps on, each on disk as a whole until the stage is done; 1: the last weights alone."""
     min_entropy: float = Field(0.001, ge=0)
     """Entropy guard: below it for `patience` steps the run stops with the cause."""
     patience: int = Field(20, gt=0)

@@ -27,7 +27,7 @@ from rl_ft.types import RolloutGroup
 from rl_ft.worlds import Order, State, Tried
 
 MAX_EMPTY_ROUNDS = 10
-"""Rounds in a row in which every world failed, after which none is expected to recover."""
+"""Rounds in a row with failures and no new instant, after which none is expected."""
 
 ADVANTAGE_FLOOR = 1.0
 """The traffic term is already divided by the group's deviation: divide by it once only."""
@@ -50,8 +50,8 @@ class Tally:
     """What happened while groups were collected; sums, so tallies of several workers add up."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """groups, new, zero_variance, failed, completions, strict, partial, invalid, distinct, agreed,
-    disagreed, and failed/<cause>."""
+    """groups, new, driven, zero_variance, failed, completions, strict, partial, invalid, distinct,
+    agreed, disagreed, and failed/<cause>."""
     sums: Counter[str] = field(default_factory=Counter)
     """reward, gain_veh_s and regret_veh_s of new instants, and seconds by stage."""
 
@@ -109,7 +109,8 @@ async def collect_groups(
     while len(teaching) < quota:
         missing = quota - len(teaching)
         ask_worlds = not rounds or recall.ready() < missing
-        new, again, all_failed = await _round(
+        num_failed = tally.counts["failed"]
+        new, again = await _round(
             worlds if ask_worlds else None,
             recall,
             generate,
@@ -120,7 +121,10 @@ async def collect_groups(
             tally=tally,
         )
         rounds += 1
-        num_empty = num_empty + 1 if ask_worlds and all_failed else 0
+        if new:
+            num_empty = 0
+        elif tally.counts["failed"] > num_failed:
+            num_empty += 1
         if num_empty == MAX_EMPTY_ROUNDS:
             causes = ", ".join(sorted(k for k in tally.counts if k.startswith("failed/")))
             raise WorldError("no_groups", f"every world failed {num_empty} times: {causes}")
@@ -155,9 +159,9 @@ async def _round(
     missing: int,
     seed: int,
     tally: Tally,
-) -> tuple[_Questions, _Questions, bool]:
+) -> tuple[_Questions, _Questions]:
     """Questions about a new instant of every world that has one; and, up to `missing` in all, about
-    instants of earlier steps; and whether every world failed."""
+    instants of earlier steps."""
     start = time.perf_counter()
     states = await worlds.states() if worlds else []
     for state in states:
@@ -184,14 +188,15 @@ async def _round(
         generate_s=generated - observed,
         branch_s=time.perf_counter() - generated,
     )
-    all_failed = all(answer is None or answer.failure for answer in tried)
     new: _Questions = []
     for state, question, answer in zip(states, by_world, tried, strict=True):
         if answer and answer.failure:
             _count_failure(tally, answer.failure)
         elif question and answer and isinstance(state, Decision):
             new.append((question, Instant(decision=state, tried=answer)))
-    return new, list(zip(again, known, strict=True)), all_failed
+        elif answer:
+            tally.counts["driven"] += 1
+    return new, list(zip(again, known, strict=True))
 
 
 def _orders(
@@ -300,7 +305,7 @@ def metrics(tally: Tally) -> dict[str, float]:
     # Instants told again touch no world and were picked because they taught: they say nothing of
     # failures, nor of how good the policy is where it drives.
     new = max(1, counts["new"])
-    asked = max(1, counts["new"] + counts["failed"])
+    attempts = max(1, counts["new"] + counts["driven"] + counts["failed"])
     return {
         "reward/mean": sums["reward"] / groups,
         "reward/gain_over_max_pressure_veh_s": sums["gain_veh_s"] / new,
@@ -308,7 +313,7 @@ def metrics(tally: Tally) -> dict[str, float]:
         "format/strict_share": counts["strict"] / answers,
         "format/partial_share": counts["partial"] / answers,
         "format/invalid_share": counts["invalid"] / answers,
-        "health/failed_share": counts["failed"] / asked,
+        "health/failed_share": counts["failed"] / attempts,
         "health/zero_variance_share": counts["zero_variance"] / groups,
         "health/distinct_actions": counts["distinct"] / groups,
         "health/branch_disagreements": float(counts["disagreed"]),

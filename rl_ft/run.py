@@ -59,6 +59,7 @@ def train_grpo(config: Config, folder: RunFolder) -> None:
             loop = GrpoLoop(config, folder, start, worlds, generator, record)
             asyncio.run(loop.run())
             folder.mark_done(f"grpo/{start}")
+            loop.snapshots.clear()
         _stop(worlds, generator)
 
 
@@ -94,7 +95,7 @@ class GrpoLoop:
         self._pending: dict[int, dict[str, float]] = {}
         self._refs: list[WeightsRef] = []
         self._groups: list[RolloutGroup] = []
-        self._snapshots = Snapshots(folder.path(self._stage, "snapshots"))
+        self.snapshots = Snapshots(folder.path(self._stage, "snapshots"))
         self._steps_start = time.perf_counter()
 
     async def run(self) -> None:
@@ -128,7 +129,7 @@ class GrpoLoop:
     def _go_on_from(self, ref: WeightsRef) -> None:
         """A learner has begun, or begun again: what comes after its checkpoint is made anew."""
         self._record.rewind(self._stage, ref.version)
-        self._snapshots.rewind(ref.version)
+        self.snapshots.rewind(ref.version)
         steps = self._config.rollout.retell_after_steps
         self._recalls = [
             Recall(seed=self._config.seed * 1_000 + i, num_waiting=round(steps * quota))
@@ -304,19 +305,17 @@ class GrpoLoop:
         from rl_ft.weights import fetch
 
         grpo = self._config.grpo
-        is_due = ref.version % grpo.save_steps == 0
-        if ref.version == grpo.max_steps or (
-            is_due and ref.version >= grpo.average_from * grpo.max_steps
-        ):
-            self._snapshots.add(ref.version, fetch(ref, ray.get))
+        is_late = ref.version >= round(grpo.average_from * grpo.max_steps)
+        if ref.version == grpo.max_steps or (is_late and ref.version % grpo.save_steps == 0):
+            self.snapshots.add(ref.version, fetch(ref, ray.get))
 
     def _save_model(self) -> None:
         """The mean of the kept versions as an ordinary Hugging Face folder."""
         from rl_ft.weights import save_folder
 
         target = self._folder.path(self._stage, "model")
-        save_folder(self._snapshots.mean(), self._model_path, target)
-        self._snapshots.clear()
+        log.info("%s: the model is the mean of versions %s", self._stage, self.snapshots.versions())
+        save_folder(self.snapshots.mean(), self._model_path, target)
 
 
 def _stop(worlds: Sequence[Any], generator: Any) -> None:

@@ -57,14 +57,14 @@ class Snapshots:
             ValueError: nothing was kept.
         """
         means: dict[str, Tensor] = {}
-        for count, state_dict in enumerate(self._load(), start=1):
-            for name, tensor in state_dict.items():
+        last: dict[str, Tensor] = {}
+        for count, last in enumerate(self._load(), start=1):
+            for name, tensor in last.items():
                 mean = means.setdefault(name, tensor.float())
                 means[name] = mean + (tensor.float() - mean) / count
         if not means:
             raise ValueError(f"no weights were kept in {self._folder}")
-        kinds = {name: tensor.dtype for name, tensor in next(self._load()).items()}
-        return {name: mean.to(kinds[name]) for name, mean in means.items()}
+        return {name: mean.to(last[name].dtype) for name, mean in means.items()}
 
     def clear(self) -> None:
         """Forget everything."""

@@ -4,8 +4,9 @@ Plain class without Ray. Worlds are driven by a mixture of the policy and classi
 so that training sees states the policy reaches by itself and states it would not. A world that
 dies is replaced and what depended on it is reported as failed, never scored.
 
-Between two questions the policy drives by itself, every decision of every junction: what it must
-learn to leave again are the states that it drives into.
+Where the policy is the driver (`rollout.behaviour`), it makes every choice of every junction
+between two questions: what it must learn to leave again are the states that it drives into. During
+the interval after a question the other junctions follow `reward.follow`, as in its branches.
 """
 
 from __future__ import annotations

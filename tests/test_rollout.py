@@ -255,7 +255,7 @@ def test_instants_told_again_do_not_water_down_the_share_of_failures(worlds, con
     assert counts["failed"] > 0
     assert counts["groups"] > counts["new"]
     share = metrics(collected.tally)["health/failed_share"]
-    assert share == counts["failed"] / (counts["failed"] + counts["new"])
+    assert share == counts["failed"] / (counts["failed"] + counts["new"] + counts["driven"])
 
 
 def test_worlds_that_all_fail_are_found_out_although_instants_are_told_again(worlds, config):
@@ -343,6 +343,22 @@ def test_a_world_that_dies_while_the_policy_drives_is_counted(driven, config):
     collected, _ = collect(driven, pausing(config), [first, last], quota=12)
     counts = collected.tally.counts
     assert counts["failed"] == counts["failed/died"] == 1
+    assert counts["driven"] > 0
+
+
+def test_questions_that_all_fail_are_found_out_although_driving_works(driven, config):
+    class CannotFork(Pool):
+        async def settle(self, orders: Sequence[Order | None]) -> list[Tried | None]:
+            kept = [None if isinstance(order, Trial) else order for order in orders]
+            failed = Tried(outcomes={}, failure="timeout")
+            tried = self.pool.settle(kept)
+            return [
+                failed if isinstance(order, Trial) else done
+                for order, done in zip(orders, tried, strict=True)
+            ]
+
+    with pytest.raises(WorldError, match="failed/timeout"):
+        collect(CannotFork(driven.pool), pausing(config), extremes(), quota=2)
 
 
 def test_a_group_carries_its_prompt_its_version_and_centred_advantages(worlds, config):

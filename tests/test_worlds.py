@@ -96,17 +96,23 @@ def test_the_live_world_agrees_with_the_branch_of_what_it_executes(make_pool, sc
 
 def test_between_questions_the_policy_makes_every_choice(make_pool):
     pool = make_pool(("generated:6",), behaviour=POLICY_ONLY, max_pause=8)
-    followed = 0
-    for _ in range(12):
+    followed = num_forced = 0
+    for _ in range(60):
         (state,) = pool.states()
+        here = pool._episodes[0].world.decisions()
+        forced = {d.junction.tls_id: d.legal[0] for d in here if len(d.legal) == 1}
         order = every_phase(state)
         assert pool.settle([order]) == [Tried(outcomes={})] or isinstance(order, Trial)
         if not isinstance(order, Trial):
             now = pool._episodes[0].world.decisions()
             current = {d.junction.tls_id: d.observation.current for d in now}
             assert current.items() >= order.items()
+            assert current.items() >= forced.items()
             followed += len(order)
+            before = {d.junction.tls_id: d.observation.current for d in here}
+            num_forced += sum(before[tls_id] != phase for tls_id, phase in forced.items())
     assert followed > 4
+    assert num_forced > 0
 
 
 def test_a_world_killed_while_the_policy_drives_is_replaced(make_pool):
