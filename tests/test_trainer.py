@@ -137,9 +137,10 @@ def masked_groups(folder):
     return near_the_policy(folder, ragged_groups(masked=MASKED))
 
 
-def assert_same(ours, theirs):
-    # The loss is a sum of terms about 1 that nearly cancel: rounding is absolute.
-    assert ours[0] == pytest.approx(theirs[0], rel=2e-6, abs=1e-5)
+def assert_same(ours, theirs, *, loss_type=""):
+    # VESPO's loss differs from model to model by rounding of either sign; its gradient does not.
+    rounding = 1e-5 if loss_type == "vespo" else 2e-6
+    assert ours[0] == pytest.approx(theirs[0], rel=2e-6, abs=rounding)
     assert (ours[1] - theirs[1]).norm() <= 1e-5 * theirs[1].norm()
     assert theirs[1].norm() > 1e-4
 
@@ -175,7 +176,7 @@ def test_failed_rows_and_micro_batches_change_nothing(folder, masked_groups, tmp
     for groups_per_micro_batch in (100, 2):
         settings["groups_per_micro_batch"] = groups_per_micro_batch
         ours = packed(folder, masked_groups, tmp_path, **settings)
-        assert_same(ours, theirs)
+        assert_same(ours, theirs, loss_type=loss_type)
         assert ours[2]["entropy"] == pytest.approx(theirs[2]["entropy"], abs=1e-4)
 
 
