@@ -51,15 +51,16 @@ class RemoteGenerate:
         *,
         num_samples: int,
         seed: int,
-        greedy: bool = False,
+        greedy: Sequence[Sequence[int]] = (),
     ) -> list[list[Completion]]:
         """Sample; the seed counts only where the configuration asks for identical runs."""
         return await self.actor.generate.remote(
             [tuple(prompt) for prompt in prompts],
             num_samples=num_samples,
-            temperature=0.0 if greedy else self._temperature,
+            temperature=self._temperature,
             max_tokens=self._max_tokens,
             seed=seed if self._seeded else None,
+            greedy=[tuple(prompt) for prompt in greedy],
         )
 
 

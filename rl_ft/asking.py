@@ -29,9 +29,11 @@ class Generate(Protocol):
         *,
         num_samples: int,
         seed: int,
-        greedy: bool = False,
+        greedy: Sequence[Sequence[int]] = (),
     ) -> list[list[Completion]]:
-        """`num_samples` completions for each prompt; `greedy`: the most likely one."""
+        """`num_samples` completions for each prompt, then the most likely one for each of
+        `greedy`: one call, because the sampler's steps cost the same for few prompts as for many.
+        """
         ...
 
 
@@ -111,29 +113,37 @@ def tell(decision: Decision, rng: random.Random) -> Telling:
 
 async def ask(
     told: Sequence[Telling],
+    driving: Sequence[Telling],
     generate: Generate,
     render: Render,
     config: Config,
     *,
     seed: int,
-    greedy: bool = False,
-) -> list[Asked]:
-    """`grpo.num_generations` answers about each telling, or the most likely one."""
-    instructions = config.model.instructions
+) -> tuple[list[Asked], list[Asked]]:
+    """`grpo.num_generations` answers about each of `told`; the most likely one to `driving`."""
+    tellings = [*told, *driving]
     prompts = [
-        render.prompt_ids(dialect.messages(telling.decision, instructions=instructions))
-        for telling in told
+        render.prompt_ids(
+            dialect.messages(telling.decision, instructions=config.model.instructions)
+        )
+        for telling in tellings
     ]
     if not prompts:
-        return []
-    num = 1 if greedy else config.grpo.num_generations
-    sampled = await generate(prompts, num_samples=num, seed=seed, greedy=greedy)
-    return [
+        return [], []
+    num = len(told)
+    answered = await generate(
+        prompts[:num],
+        num_samples=config.grpo.num_generations,
+        seed=seed,
+        greedy=prompts[num:],
+    )
+    asked = [
         Asked(
             telling=telling,
             prompt_ids=tuple(prompt),
             completions=tuple(completions),
             parsed=tuple(dialect.parse(telling.decision, c.text) for c in completions),
         )
-        for telling, prompt, completions in zip(told, prompts, sampled, strict=True)
+        for telling, prompt, completions in zip(tellings, prompts, answered, strict=True)
     ]
+    return asked[:num], asked[num:]

@@ -67,8 +67,10 @@ class Generator:
         temperature: float = 1.0,
         max_tokens: int,
         seed: int | None = None,
+        greedy: Sequence[Sequence[int]] = (),
     ) -> list[list[Completion]]:
         """`num_samples` answers to each prompt, in the prompts' order; temperature 0 is greedy.
+        Then the most likely answer to each prompt of `greedy`, whatever the temperature.
 
         With a seed (or `generation.reproducible`), a prompt's answers do not depend on what else is
         in the batch. Log-probs are the model's own, at temperature 1.
@@ -78,13 +80,15 @@ class Generator:
         self._num_calls += 1
         if seed is None and self._reproducible:
             seed = hash((self._seed, self._num_calls))
-        if not prompts:
+        asked = [*prompts, *greedy]
+        if not asked:
             return []
+        ways = [(num_samples, temperature)] * len(prompts) + [(1, 0.0)] * len(greedy)
         outputs = self._llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            [{"prompt_token_ids": list(prompt)} for prompt in asked],
             [
-                self._params(num_samples, temperature, max_tokens, request_seed)
-                for request_seed in _request_seeds(prompts, seed)
+                self._params(*way, max_tokens, request_seed)
+                for way, request_seed in zip(ways, _request_seeds(asked, seed), strict=True)
             ],
             use_tqdm=False,
         )

@@ -6,7 +6,6 @@ costs its group and is counted; it never becomes a reward.
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from collections import Counter
@@ -174,10 +173,7 @@ async def _round(
     told = [tell(decision, rng) for decision in (*decisions, *(i.decision for i in known))]
     ways = [tell(decision, rng) for decision in driving]
     observed = time.perf_counter()
-    asked, driven = await asyncio.gather(
-        ask(told, generate, render, config, seed=seed),
-        ask(ways, generate, render, config, seed=seed, greedy=True),
-    )
+    asked, driven = await ask(told, ways, generate, render, config, seed=seed)
     generated = time.perf_counter()
     fresh, again = iter(asked[: len(decisions)]), asked[len(decisions) :]
     by_world = [next(fresh) if isinstance(state, Decision) else None for state in states]

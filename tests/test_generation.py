@@ -77,6 +77,13 @@ def test_answers_come_in_the_prompts_order_with_the_asked_number_of_samples(gene
     assert alone == generator.generate(prompts(5), num_samples=1, max_tokens=4, temperature=0.0)
 
 
+def test_most_likely_answers_come_after_the_samples_of_the_same_call(generator):
+    sampled, greedy = prompts(3), prompts(2, seed=5)
+    mixed = generator.generate(sampled, num_samples=4, max_tokens=4, seed=7, greedy=greedy)
+    assert mixed[:3] == generator.generate(sampled, num_samples=4, max_tokens=4, seed=7)
+    assert mixed[3:] == generator.generate(greedy, num_samples=1, max_tokens=4, temperature=0.0)
+
+
 def test_every_token_has_the_models_logprob(generator, folder):
     from rl_ft.parity import mean_abs_diff, score
 

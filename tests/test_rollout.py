@@ -83,14 +83,16 @@ class Sampler:
         *,
         num_samples: int,
         seed: int,
-        greedy: bool = False,
+        greedy: Sequence[Sequence[int]] = (),
     ) -> list[list[Completion]]:
-        assert num_samples == (1 if greedy else len(self.answers))
-        if not greedy:
-            self.seeds.append(seed)
-        decisions = [self.worlds.decisions["".join(map(chr, ids))] for ids in prompts]
-        answers = self.answers[:num_samples]
-        return [[self._completion(d, answer) for answer in answers] for d in decisions]
+        assert num_samples == len(self.answers)
+        self.seeds.append(seed)
+        sampled = [self._completions(ids, self.answers) for ids in prompts]
+        return sampled + [self._completions(ids, self.answers[:1]) for ids in greedy]
+
+    def _completions(self, ids: Sequence[int], answers: Sequence[Answer]) -> list[Completion]:
+        decision = self.worlds.decisions["".join(map(chr, ids))]
+        return [self._completion(decision, answer) for answer in answers]
 
     @staticmethod
     def _completion(decision: Decision, answer: Answer) -> Completion:
