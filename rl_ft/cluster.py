@@ -12,10 +12,6 @@ OBJECT_STORE_BYTES = 2**30
 """Of a private cluster: groups and weights of a laptop's run are far smaller."""
 
 
-KEEP_BYTES = 2**30
-"""Freed memory that a process may keep."""
-
-
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
     """Connected to Ray inside; a session that is already open is used and left open."""
@@ -30,7 +26,6 @@ def ray_session(config: Config) -> Iterator[None]:
         return
     settings = config.ray
     if settings.address is None:
-        _keep_freed_memory()
         ray.init(
             address="local",
             num_cpus=settings.num_cpus,
@@ -45,13 +40,3 @@ def ray_session(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc, in all processes that are started from here, to keep what is freed.
-
-    By default the large tensors of every step are mapped anew, and each of their pages faults
-    again: about 50,000 faults in a step of the tiny model, up to a quarter of its time.
-    """
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        os.environ.setdefault(name, str(KEEP_BYTES))
