@@ -32,7 +32,7 @@ class Generate(Protocol):
         greedy: Sequence[Sequence[int]] = (),
     ) -> list[list[Completion]]:
         """`num_samples` completions for each prompt, then the most likely one for each of
-        `greedy`: one call, because the sampler's steps cost the same for few prompts as for many.
+        `greedy`: one call, because a decode step costs nearly as much for few prompts as for many.
         """
         ...
 

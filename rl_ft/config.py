@@ -24,8 +24,8 @@ class ScenarioConfig(Section):
     """Which traffic worlds a run trains on and which it is judged on."""
 
     train: tuple[str, ...] = ("generated:1-192",)
-    """Scenario names; `generated:1-192` stands for 192 of them. `prepare` walks as many of the
-    first as its episodes need; rollouts draw from all."""
+    """Scenario names; `generated:1-192` stands for 192 of them. `prepare` walks the first ones, as
+    many as it needs episodes; rollouts draw from all."""
     held_out: tuple[str, ...] = ("generated:1001-1002", "resco:cologne1", "resco:ingolstadt1")
 
 

@@ -33,8 +33,10 @@ def driven(config):
 
 
 def test_between_questions_the_policy_drives_by_what_its_answers_mean(driven, config):
-    collect(driven, pausing(config), extremes(), quota=12)
+    rounds = driven.num_rounds
+    _, sampler = collect(driven, pausing(config), extremes(), quota=12)
     assert len(driven.driven) > 5
+    assert len(sampler.seeds) <= driven.num_rounds - rounds  # one call for questions and choices
     for standing, order in driven.driven:
         assert order == {d.junction.tls_id: greens(d)[0] for d in standing}
 

@@ -82,6 +82,7 @@ def test_most_likely_answers_come_after_the_samples_of_the_same_call(generator):
     mixed = generator.generate(sampled, num_samples=4, max_tokens=4, seed=7, greedy=greedy)
     assert mixed[:3] == generator.generate(sampled, num_samples=4, max_tokens=4, seed=7)
     assert mixed[3:] == generator.generate(greedy, num_samples=1, max_tokens=4, temperature=0.0)
+    assert mixed[3:] == generator.generate([], num_samples=4, max_tokens=4, greedy=greedy)
 
 
 def test_every_token_has_the_models_logprob(generator, folder):
