@@ -23,9 +23,8 @@ class Section(BaseModel):
 class ScenarioConfig(Section):
     """Which traffic worlds a run trains on and which it is judged on."""
 
-    train: tuple[str, ...] = ("generated:1-192",)
-    """Scenario names; `generated:1-192` stands for 192 of them. `prepare` walks the first ones, as
-    many as it needs episodes; rollouts draw from all."""
+    train: tuple[str, ...] = ("generated:1-96",)
+    """Scenario names; `generated:1-96` stands for 96 of them."""
     held_out: tuple[str, ...] = ("generated:1001-1002", "resco:cologne1", "resco:ingolstadt1")
 
 
@@ -158,8 +157,7 @@ class RolloutConfig(Section):
     answers."""
     max_refills: int = Field(2, ge=0)
     """Further rounds that replace groups without variance."""
-    episode_s: float = Field(600.0, gt=0)
-    """How long a world stays with one scenario: short, so that a run meets many junctions."""
+    episode_s: float = Field(1800.0, gt=0)
     warm_up_s: float = Field(60.0, ge=0)
     call_timeout_s: float = Field(120.0, gt=0)
 
