@@ -26,6 +26,9 @@ def ray_session(config: Config) -> Iterator[None]:
         return
     settings = config.ray
     if settings.address is None:
+        # Nobody collects a private cluster's metrics, and the thread that exports them can crash
+        # its process (Ray 2.60: a segmentation fault in TemporalMetricStorage::buildMetrics).
+        os.environ.setdefault("RAY_enable_metrics_collection", "0")
         ray.init(
             address="local",
             num_cpus=settings.num_cpus,
