@@ -18,6 +18,7 @@ os.environ |= {
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,3 +64,23 @@ def ray_cluster() -> Iterator[None]:
 
     with ray_session(load_config("smoke")):
         yield
+
+
+@pytest.fixture(scope="module")
+def pool(config: Config) -> Iterator[Any]:
+    """Two worlds under the module's own `config`."""
+    from rollout_case import NUM_WORLDS
+
+    from rl_ft.worlds import WorldPool
+
+    pool = WorldPool(config, ("generated:1",), seed=2, num_worlds=NUM_WORLDS)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def worlds(pool: Any) -> Any:
+    """The module's worlds as `rollout_case.Pool`, which has seen nothing yet."""
+    from rollout_case import Pool
+
+    return Pool(pool)

@@ -16,24 +16,12 @@ from rl_ft.config import Config
 from rl_ft.dataset import state_id
 from rl_ft.recall import Recall
 from rl_ft.rollout import metrics
-from rl_ft.worlds import Order, State, Tried, WorldPool
+from rl_ft.worlds import Order, State, Tried
 
 
 @pytest.fixture(scope="module")
 def config(smoke_config: Config) -> Config:
     return rollout_config(smoke_config)
-
-
-@pytest.fixture(scope="module")
-def pool(config):
-    pool = WorldPool(config, ("generated:1",), seed=2, num_worlds=NUM_WORLDS)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture
-def worlds(pool) -> Pool:
-    return Pool(pool)
 
 
 def test_an_instant_is_told_in_several_steps_and_tried_once(worlds, config):

@@ -11,7 +11,6 @@ import pytest
 from rollout_case import (
     NUM_WORLDS,
     Letters,
-    Pool,
     collect,
     extremes,
     first,
@@ -31,24 +30,12 @@ from rl_ft.config import Config
 from rl_ft.dataset import state_id
 from rl_ft.recall import Recall
 from rl_ft.rollout import MAX_EMPTY_ROUNDS, Tally, collect_groups, metrics
-from rl_ft.worlds import Order, WorldPool
+from rl_ft.worlds import Order
 
 
 @pytest.fixture(scope="module")
 def config(smoke_config: Config) -> Config:
     return rollout_config(smoke_config)
-
-
-@pytest.fixture(scope="module")
-def pool(config):
-    pool = WorldPool(config, ("generated:1",), seed=2, num_worlds=NUM_WORLDS)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture
-def worlds(pool) -> Pool:
-    return Pool(pool)
 
 
 def test_rewards_have_the_order_of_the_measured_costs(worlds, config):
