@@ -1,13 +1,16 @@
 """Group-relative advantages: how much better each completion was than its siblings.
 
-Pure arithmetic on one group. It knows no model, no simulator and no other group.
+Pure arithmetic. It knows no model and no simulator, and no group knows another.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EQUAL_REWARDS = 1e-9
 """Rewards closer than this, relative to their size, are one reward: floats add up in any order."""
@@ -37,21 +40,31 @@ def group_advantages(
 
 
 def with_surprise(
-    rewards: Sequence[float], actions: Sequence[int | None], *, coef: float
-) -> tuple[float, ...]:
-    """Rewards plus -coef * log p(action), p being the action's share of the group.
+    advantages: Tensor,
+    logps: Tensor,
+    strict: Tensor,
+    valid: Tensor,
+    *,
+    coef: float,
+    group_size: int,
+) -> Tensor:
+    """Advantages when each strict completion also earns -coef * log p; all of shape (rows,).
 
     Maximum-entropy reinforcement learning (Haarnoja et al. 2018, "Soft Actor-Critic", eq. 1) on
-    actions: rare ones are worth more, so several stay alive while they are compared. The share of
-    the group and not the probability of the tokens, because one action has many spellings, and a
-    policy that is paid for rare tokens learns to misspell. An answer without an action (None) is
-    no alternative to keep.
+    actions: rare ones are worth more, so several stay alive while they are compared. Only an
+    action's own spelling is paid: a policy that is paid for any rare text learns to misspell.
+
+    Args:
+        advantages: rows of a group side by side, groups of `group_size`.
+        logps: log-probability of each completion as a whole.
+        strict: completions that are paid.
+        valid: completions that take part at all; the others get 0.
     """
-    counts = Counter(actions)
-    return tuple(
-        reward if action is None else reward - coef * math.log(counts[action] / len(actions))
-        for reward, action in zip(rewards, actions, strict=True)
-    )
+    earned = -coef * logps * (strict & valid)
+    rows = valid.view(-1, group_size)
+    mean = earned.view(-1, group_size).sum(1, keepdim=True) / rows.sum(1, keepdim=True).clamp(min=1)
+    centred = (earned.view(-1, group_size) - mean) * rows
+    return advantages + centred.flatten()
 
 
 def is_zero_variance(rewards: Sequence[float], valid: Sequence[bool]) -> bool:

@@ -38,10 +38,14 @@ class Generate(Protocol):
 
 
 class Render(Protocol):
-    """`rl_ft.render.Renderer.prompt_ids`."""
+    """What is used of `rl_ft.render.Renderer`."""
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """Token ids of a chat up to where the answer starts."""
+        ...
+
+    def answer_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of an answer with its end token."""
         ...
 
 
@@ -66,7 +70,7 @@ class Telling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """A telling with its sampled and parsed answers."""
+    """A telling with its answers, parsed."""
 
     telling: Telling
     prompt_ids: tuple[int, ...]

@@ -2,7 +2,7 @@
 
 Prompts are padded on the left and completions on the right, each to the longest of the batch. The
 sampler's log-probs are the old policy: the ratio then corrects for staleness and for any mismatch
-between sampler and trainer at once.
+between sampler and trainer at once. Rows that nobody sampled have none; `sampled_mask` says so.
 """
 
 from __future__ import annotations
@@ -28,29 +28,33 @@ def collate(groups: Sequence[RolloutGroup], *, pad_token_id: int) -> dict[str, T
 
     _check(groups)
     rows = [
-        (g.prompt_ids, c, a, v)
+        (g.prompt_ids, *row)
         for g in groups
-        for c, a, v in zip(g.completions, g.advantages, g.valid, strict=True)
+        for row in zip(g.completions, g.advantages, g.valid, g.strict, strict=True)
     ]
     prompt_width = max(len(prompt) for prompt, *_ in rows)
     completion_width = max(1, *(len(c.token_ids) for _, c, *_ in rows))
     prompt_ids = [[pad_token_id] * (prompt_width - len(p)) + list(p) for p, *_ in rows]
     prompt_mask = [[0] * (prompt_width - len(p)) + [1] * len(p) for p, *_ in rows]
-    completion_ids, completion_mask, logps = [], [], []
-    for _, completion, _, valid in rows:
+    completion_ids, completion_mask, logps, advantages = [], [], [], []
+    for _, completion, advantage, valid, _ in rows:
+        advantages.append(advantage if valid else 0.0)
         length = len(completion.token_ids)
         padding = completion_width - length
         completion_ids.append(list(completion.token_ids) + [pad_token_id] * padding)
         completion_mask.append([int(valid)] * length + [0] * padding)
-        logps.append([lp if valid else 0.0 for lp in completion.logprobs] + [0.0] * padding)
+        known = completion.logprobs if valid and completion.logprobs else (0.0,) * length
+        logps.append([*known] + [0.0] * padding)
     mask = torch.tensor(completion_mask)
     return {
         "prompt_ids": torch.tensor(prompt_ids),
         "prompt_mask": torch.tensor(prompt_mask),
         "completion_ids": torch.tensor(completion_ids),
         "completion_mask": mask,
-        "advantages": torch.tensor([a if v else 0.0 for _, _, a, v in rows], dtype=torch.float32),
+        "advantages": torch.tensor(advantages, dtype=torch.float32),
         "old_per_token_logps": torch.tensor(logps, dtype=torch.float32),
+        "sampled_mask": torch.tensor([c.logprobs is not None for _, c, *_ in rows]),
+        "strict_mask": torch.tensor([strict for *_, strict in rows]),
         "num_items_in_batch": mask.sum(),
     }
 
@@ -81,10 +85,11 @@ def _check(groups: Sequence[RolloutGroup]) -> None:
         for completion, advantage, valid in zip(
             group.completions, group.advantages, group.valid, strict=True
         ):
-            if len(completion.token_ids) != len(completion.logprobs):
+            logprobs = completion.logprobs or ()
+            if completion.logprobs is not None and len(completion.token_ids) != len(logprobs):
                 raise ValueError(
                     f"{group.group_id}: {len(completion.token_ids)} tokens but "
-                    f"{len(completion.logprobs)} log-probs"
+                    f"{len(logprobs)} log-probs"
                 )
-            if valid and not all(map(math.isfinite, (advantage, *completion.logprobs))):
+            if valid and not all(map(math.isfinite, (advantage, *logprobs))):
                 raise ValueError(f"{group.group_id}: advantages and log-probs must be finite")

@@ -155,6 +155,9 @@ class RolloutConfig(Section):
     """Between two questions a world is driven for 0 to this many decision intervals: neighbouring
     instants are alike and teach the same. Where the policy drives, it does so by its most likely
     answers."""
+    counterfactuals: bool = True
+    """A repeated answer makes way for a legal one that the policy did not give: unlikely phases
+    are learnt about as fast as likely ones."""
     max_refills: int = Field(2, ge=0)
     """Further rounds that replace groups without variance."""
     episode_s: float = Field(1800.0, gt=0)
@@ -165,20 +168,18 @@ class RolloutConfig(Section):
 class GrpoConfig(Section):
     """The objective; names and meaning are TRL's `GRPOConfig`."""
 
-    max_steps: int = Field(150, gt=0)
+    max_steps: int = Field(300, gt=0)
     num_generations: int = Field(8, gt=1)
     max_completion_length: int = Field(16, gt=0)
     temperature: float = Field(1.0, gt=0)
-    learning_rate: float = Field(5e-4, ge=0)
+    learning_rate: float = Field(2e-3, ge=0)
     muon_ratio: float | None = Field(3.0, gt=0)
     """Hidden matrices learn by Muon at this multiple of the rate; None: AdamW for everything."""
     warmup_steps: int = Field(10, ge=0)
     lr_scheduler_type: str = "cosine"
     adam_beta2: float = 0.99
     weight_decay: float = 0.0
-    max_grad_norm: float = Field(0.1, gt=0)
-    """Small, so that it clips every step: a few instants cost a hundred times as much as most, and
-    the steps that hold them must not outweigh all others in the optimizer's moments."""
+    max_grad_norm: float = Field(1.0, gt=0)
     loss_type: str = "dapo"
     importance_sampling_level: Literal["token", "sequence"] = "token"
     epsilon: float = 0.2
@@ -187,13 +188,13 @@ class GrpoConfig(Section):
     entropy_coef: float = Field(0.0, ge=0)
     """TRL's bonus in the loss, over the whole vocabulary."""
     surprise_coef: float = Field(0.2, ge=0)
-    """Adds -coef * log of the action's share of the group to the reward, whose traffic term has
-    a deviation of 1: maximum-entropy RL. Unlike `entropy_coef`, only legal answers stay alive."""
+    """Adds -coef * log p of a legal answer to its reward, whose traffic term has a deviation of at
+    most 1: maximum-entropy RL. Unlike `entropy_coef`, only legal answers stay alive."""
     groups_per_micro_batch: int = Field(16, gt=0)
     gradient_checkpointing: bool = False
     """Trades time for memory: for models that do not fit otherwise."""
     save_steps: int = Field(10, gt=0)
-    average_from: float = Field(0.4, ge=0, le=1)
+    average_from: float = Field(0.8, ge=0, le=1)
     """The model that is left is the mean of the weights at every `save_steps` steps from this share
     of the steps on, each on disk as a whole until the stage is done; 1: the last weights alone."""
     min_entropy: float = Field(0.001, ge=0)

@@ -139,6 +139,7 @@ def build_trainer(
         on_checkpoint=on_checkpoint,
         before_update=before_update,
         before_checkpoint=before_checkpoint,
+        surprise_coef=config.grpo.surprise_coef,
         peft_config=lora_adapter(config.model.lora),
     )
     use_muon(

@@ -17,9 +17,10 @@ from envs import dialect
 from envs.errors import WorldError
 from envs.reward import Reward, cost_veh_s, group_rewards
 from envs.types import Decision, ParseFailure
-from rl_ft.advantage import group_advantages, is_zero_variance, with_surprise
+from rl_ft.advantage import group_advantages, is_zero_variance
 from rl_ft.asking import Asked, Generate, Render, ask, tell
 from rl_ft.config import Config
+from rl_ft.counterfactual import with_counterfactuals
 from rl_ft.dataset import reward_weights, state_id
 from rl_ft.recall import Instant, Recall
 from rl_ft.types import RolloutGroup
@@ -49,8 +50,8 @@ class Tally:
     """What happened while groups were collected; sums, so tallies of several workers add up."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """groups, new, driven, zero_variance, failed, completions, strict, partial, invalid, distinct,
-    agreed, disagreed, and failed/<cause>."""
+    """groups, new, driven, zero_variance, failed, completions (sampled ones), counterfactual,
+    strict, partial, invalid, distinct, agreed, disagreed, and failed/<cause>."""
     sums: Counter[str] = field(default_factory=Counter)
     """reward, gain_veh_s and regret_veh_s of new instants, and seconds by stage."""
 
@@ -174,6 +175,8 @@ async def _round(
     ways = [tell(decision, rng) for decision in driving]
     observed = time.perf_counter()
     asked, driven = await ask(told, ways, generate, render, config, seed=seed)
+    if config.rollout.counterfactuals:
+        asked = [with_counterfactuals(question, render, rng) for question in asked]
     generated = time.perf_counter()
     fresh, again = iter(asked[: len(decisions)]), asked[len(decisions) :]
     by_world = [next(fresh) if isinstance(state, Decision) else None for state in states]
@@ -223,28 +226,31 @@ def _group(
     decision, reference = asked.telling.decision, asked.telling.reference
     costs = {phase: cost_veh_s(o, weights) for phase, o in tried.outcomes.items()}
     totals = [reward.total for reward in score(decision, phases, kinds, tried)]
-    goals = with_surprise(totals, phases, coef=config.grpo.surprise_coef)
     valid = [True] * len(totals)
     group = RolloutGroup(
         group_id=state_id(decision),
         prompt_ids=asked.prompt_ids,
         completions=asked.completions,
         rewards=tuple(totals),
-        advantages=group_advantages(goals, valid, scale_floor=ADVANTAGE_FLOOR),
+        advantages=group_advantages(totals, valid, scale_floor=ADVANTAGE_FLOOR),
         valid=tuple(valid),
+        strict=tuple(kind == "strict" for kind in kinds),
     )
+    # Of the policy speaks only what it said itself.
+    own = [i for i, c in enumerate(asked.completions) if c.logprobs is not None]
     tally.counts.update(
         groups=1,
         new=int(is_new),
         zero_variance=int(is_zero_variance(totals, valid)),
-        completions=len(kinds),
-        distinct=len(set(phases)),
+        completions=len(own),
+        counterfactual=len(kinds) - len(own),
+        distinct=len({phases[i] for i in own}),
         agreed=int(tried.agreed is True),
         disagreed=int(tried.agreed is False),
-        **Counter(kinds),
+        **Counter(kinds[i] for i in own),
     )
-    paid = [costs[phase] for phase in phases if phase in costs]
-    tally.sums.update(reward=sum(totals) / len(totals))
+    paid = [costs[phases[i]] for i in own if phases[i] in costs]
+    tally.sums.update(reward=sum(totals[i] for i in own) / len(own))
     if paid and is_new:
         mean = sum(paid) / len(paid)
         gain, regret = costs[reference] - mean, mean - min(costs.values())

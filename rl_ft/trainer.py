@@ -30,6 +30,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 from trl.trainer.utils import use_adapter  # noqa: E402
 
 from envs.errors import UserError  # noqa: E402
+from rl_ft.advantage import with_surprise  # noqa: E402
 from rl_ft.batch import collate, split  # noqa: E402
 from rl_ft.packing import logps_and_entropies, pack, require_packable  # noqa: E402
 from rl_ft.types import RolloutGroup  # noqa: E402
@@ -72,6 +73,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         on_checkpoint: Callable[[Path], None] | None = None,
         before_update: Callable[[int, float], None] | None = None,
         before_checkpoint: Callable[[int], None] | None = None,
+        surprise_coef: float = 0.0,
         peft_config: PeftConfig | None = None,
     ) -> None:
         if args.loss_type not in LOSS_TYPES:
@@ -109,6 +111,8 @@ class PackedGRPOTrainer(GRPOTrainer):
         self._on_metrics, self._on_checkpoint = on_metrics, on_checkpoint
         self._before_update, self._before_checkpoint = before_update, before_checkpoint
         self._waiting: list[dict[str, Tensor]] = []
+        self._surprise_coef = surprise_coef
+        self._inputs: dict[str, Tensor]
         self._forward: tuple[Tensor, Tensor]
         self._sums = _StepSums()
 
@@ -185,7 +189,25 @@ class PackedGRPOTrainer(GRPOTrainer):
             logps, entropies = logps_and_entropies(model, packed, temperature=self.temperature)
         if torch.is_grad_enabled():
             self._forward = (logps, entropies)
+            self._take_in(logps.detach())
         return logps, entropies, None
+
+    def _take_in(self, logps: Tensor) -> None:
+        """What only the forward can say of the batch: log-probs of answers that nobody sampled,
+        which are the old policy's too, since one batch is one update; and what a surprise earns."""
+        inputs, mask = self._inputs, self._inputs["completion_mask"]
+        inputs["old_per_token_logps"] = torch.where(
+            inputs["sampled_mask"][:, None], inputs["old_per_token_logps"], logps
+        )
+        if self._surprise_coef:
+            inputs["advantages"] = with_surprise(
+                inputs["advantages"],
+                (logps * mask).sum(1),
+                inputs["strict_mask"],
+                mask.any(1),
+                coef=self._surprise_coef,
+                group_size=self.num_generations,
+            )
 
     def _reference_logps(self, inputs: dict[str, Tensor]) -> Tensor:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -200,6 +222,7 @@ class PackedGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         started = time.perf_counter()
+        self._inputs = inputs
         loss = super()._compute_loss(model, inputs) * inputs["loss_scale"]
         logps, entropies = self._forward
         mask = inputs["completion_mask"]
@@ -210,8 +233,9 @@ class PackedGRPOTrainer(GRPOTrainer):
             raise FloatingPointError(
                 f"the loss of step {self.state.global_step} is {loss.item()}; nothing was updated"
             )
-        del self._forward
-        self._sums.add_tokens(logps, entropies, inputs["old_per_token_logps"], mask.bool())
+        del self._forward, self._inputs
+        sampled = mask.bool() & inputs["sampled_mask"][:, None]
+        self._sums.add_tokens(logps, entropies, inputs["old_per_token_logps"], sampled)
         self._sums.add_time("forward", time.perf_counter() - started)
         return loss
 
@@ -296,7 +320,8 @@ class _PublishCallback(TrainerCallback):
 
 
 class _StepSums:
-    """What one optimiser step adds up over its micro-batches: figures over tokens, and seconds."""
+    """What one optimiser step adds up over its micro-batches: figures over sampled tokens, and
+    seconds."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(("fetch", "forward", "backward", "publish"), 0.0)
@@ -322,12 +347,12 @@ class _StepSums:
         self._largest = largest if self._largest is None else self._largest.maximum(largest)
 
     def mean_abs_logp_diff(self, accelerator: Any) -> float:
-        """Trainer against sampler, over all tokens of all ranks so far."""
+        """Trainer against sampler, over all sampled tokens of all ranks so far."""
         tokens, _, absolute, _ = accelerator.reduce(self._sums, reduction="sum").tolist()
         return absolute / max(tokens, 1.0)
 
     def metrics(self, accelerator: Any) -> dict[str, float]:
-        """Means over all tokens of all ranks."""
+        """Means over all sampled tokens of all ranks."""
         tokens, entropy, absolute, signed = accelerator.reduce(self._sums, reduction="sum").tolist()
         largest = accelerator.gather(self._largest).max().item()
         count = max(tokens, 1.0)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """One sampled answer, with what the sampler thought of every token.
+    """One answer, with what the sampler thought of every token.
 
     `token_ids` includes the end-of-sequence token when the model emitted it
-    (`finish_reason == "stop"`); `logprobs` has one entry per token, at temperature 1.
+    (`finish_reason == "stop"`); `logprobs` has one entry per token, at temperature 1, and is None
+    for an answer that nobody sampled (`rl_ft.counterfactual`).
 
     Example:
         Completion(token_ids=(17, 5, 2), logprobs=(-0.01, -0.7, -0.0),
@@ -21,7 +22,7 @@ class Completion:
     """
 
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...] | None
     text: str
     finish_reason: str
     """stop or length."""
@@ -44,6 +45,8 @@ class RolloutGroup:
     rewards: tuple[float, ...]
     advantages: tuple[float, ...]
     valid: tuple[bool, ...]
+    strict: tuple[bool, ...]
+    """Completion i is a legal answer exactly as asked for: what `grpo.surprise_coef` is paid on."""
     stats: dict[str, float] = field(default_factory=dict)
     """Reward breakdown and health figures of this group, averaged into the step's metrics."""
 

@@ -33,6 +33,7 @@ def config(**grpo) -> Config:
         "max_grad_norm": 1e9,
         "lr_scheduler_type": "constant",
         "max_completion_length": 9,
+        "surprise_coef": 0.0,
         **grpo,
     }
     return Config.model_validate({"grpo": settings, "ray": {"torch_threads": 1}})
@@ -66,6 +67,7 @@ def ragged_groups(
                 rewards=advantages,
                 advantages=advantages,
                 valid=valid,
+                strict=(True,) * GROUP_SIZE,
             )
         )
     return groups

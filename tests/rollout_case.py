@@ -30,6 +30,9 @@ class Letters:
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         return tuple(ord(c) for m in messages for c in m["content"])
 
+    def answer_ids(self, text: str) -> tuple[int, ...]:
+        return (*map(ord, text), 0)
+
 
 class Pool:
     """The worlds behind the protocol, remembering what may be told and what was tried."""
@@ -120,8 +123,10 @@ def partial_last(decision: Decision) -> str:
 
 
 def rollout_config(smoke_config: Config) -> Config:
-    """Questions at every instant, with vehicles to decide about; the policy drives."""
+    """Questions at every instant, with vehicles to decide about; the policy drives, and groups hold
+    what was sampled."""
     rollout = {
+        "counterfactuals": False,
         "warm_up_s": 200.0,
         "max_refills": 1,
         "max_pause": 0,

@@ -31,6 +31,21 @@ def test_old_log_probs_are_the_samplers(groups):
     assert batch["old_per_token_logps"][0, : len(first)].tolist() == pytest.approx(first)
 
 
+def test_a_row_that_nobody_sampled_says_so(groups):
+    unsaid = replace(groups[0].completions[1], logprobs=None)
+    completions = (groups[0].completions[0], unsaid, *groups[0].completions[2:])
+    batch = collate([replace(groups[0], completions=completions)], pad_token_id=PAD)
+    assert batch["sampled_mask"].tolist() == [True, False] + [True] * (GROUP_SIZE - 2)
+    assert batch["completion_mask"][1].sum() == len(unsaid.token_ids)
+    assert not batch["old_per_token_logps"][1].any()
+
+
+def test_strict_rows_are_marked(groups):
+    strict = (False,) + (True,) * (GROUP_SIZE - 1)
+    batch = collate([replace(groups[0], strict=strict)], pad_token_id=PAD)
+    assert batch["strict_mask"].tolist() == list(strict)
+
+
 def test_a_failed_row_is_masked_and_not_counted(groups):
     batch = collate(groups, pad_token_id=PAD)
     failed = GROUP_SIZE + 2

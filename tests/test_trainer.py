@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,21 +108,26 @@ def packed(folder, groups, tmp_path, **grpo):
     return logged.get("loss"), gradients.vector, logged
 
 
+def own_logps(folder, group):
+    """What the model thinks of each completion of a group, token by token."""
+    model, _ = load_model(folder, config())
+    found = []
+    for answer in group.completions:
+        ids = torch.tensor([group.prompt_ids + answer.token_ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(group.prompt_ids) - 1 : -1]
+        scores = torch.log_softmax(logits, -1)
+        found.append(scores[range(len(answer.token_ids)), answer.token_ids])
+    return found
+
+
 def near_the_policy(folder, groups, spread=0.4):
     """The same groups as if a policy some steps away had sampled them, so that ratios clip."""
-    import random
-    from dataclasses import replace
-
     rng = random.Random(1)
-    model, _ = load_model(folder, config())
     near = []
     for group in groups:
         completions = []
-        for answer in group.completions:
-            ids = torch.tensor([group.prompt_ids + answer.token_ids])
-            with torch.no_grad():
-                logits = model(input_ids=ids).logits[0, len(group.prompt_ids) - 1 : -1]
-            scores = torch.log_softmax(logits, -1)[range(len(answer.token_ids)), answer.token_ids]
+        for answer, scores in zip(group.completions, own_logps(folder, group), strict=True):
             noisy = tuple(score + rng.gauss(0, spread) for score in scores.tolist())
             completions.append(replace(answer, logprobs=noisy))
         near.append(replace(group, completions=tuple(completions)))
@@ -194,6 +201,34 @@ def test_the_entropy_bonus_is_trls(folder, groups, tmp_path):
     assert_same(bonus, stock(folder, groups, tmp_path, entropy_coef=0.1))
     assert bonus[0] == pytest.approx(plain[0] - 0.1 * plain[2]["entropy"], abs=1e-5)
     assert (bonus[1] - plain[1]).norm() > 1e-3 * plain[1].norm()
+
+
+def test_what_nobody_sampled_is_trained_on_as_if_the_policy_had_said_it(folder, groups, tmp_path):
+    first, *others = groups
+    by_policy = [
+        replace(answer, logprobs=tuple(logps.tolist()))
+        for answer, logps in zip(first.completions, own_logps(folder, first), strict=True)
+    ]
+    unsaid = [replace(answer, logprobs=None) for answer in first.completions]
+    said = [replace(first, completions=tuple(by_policy)), *others]
+    mixed = [replace(first, completions=(by_policy[0], *unsaid[1:])), *others]
+    ours, theirs = packed(folder, mixed, tmp_path), packed(folder, said, tmp_path)
+    assert_same(ours, theirs)
+    num_unsaid = sum(len(answer.token_ids) for answer in unsaid[1:])
+    assert ours[2]["num_tokens"] == theirs[2]["num_tokens"] - num_unsaid
+
+
+def test_surprise_is_earned_on_what_the_model_thinks_of_an_answer(folder, groups, tmp_path):
+    ours = packed(folder, groups, tmp_path, surprise_coef=0.05, groups_per_micro_batch=2)
+    surprised = []
+    for group in groups:
+        earned = [-0.05 * float(logps.sum()) for logps in own_logps(folder, group)]
+        mean = sum(earned) / len(earned)
+        advantages = [a + e - mean for a, e in zip(group.advantages, earned, strict=True)]
+        surprised.append(replace(group, advantages=tuple(advantages)))
+    assert_same(ours, stock(folder, surprised, tmp_path))
+    plain = packed(folder, groups, tmp_path)
+    assert (ours[1] - plain[1]).norm() > 1e-2 * plain[1].norm()
 
 
 def test_the_kl_term_is_trls_once_the_policy_has_left_its_reference(folder, groups, tmp_path):

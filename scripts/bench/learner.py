@@ -56,6 +56,7 @@ def ready_groups(num_groups: int, group_size: int, vocabulary: int) -> list[Roll
                 rewards=advantages,
                 advantages=advantages,
                 valid=(True,) * group_size,
+                strict=(True,) * group_size,
             )
         )
     return groups
@@ -146,7 +147,7 @@ def main() -> None:
                 "max_steps": arguments.steps,
                 "groups_per_micro_batch": arguments.groups_per_micro_batch,
             }
-            config = Config.model_validate({"grpo": grpo})
+            config = Config.model_validate({"grpo": grpo | {"surprise_coef": 0.0}})
             groups = ready_groups(arguments.groups, size, vocabulary=300)
             packed = measure("packed", folder, config, groups)
             stock = measure("stock", folder, config, groups)

@@ -1,0 +1,134 @@
+"""Legal answers that the policy did not give take the places of repeated ones."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from decision_case import decision, observation
+from rollout_case import Letters, collect, first, rollout_config, told
+
+from envs import dialect
+from envs.types import Action
+from rl_ft.advantage import is_zero_variance
+from rl_ft.asking import Asked, tell
+from rl_ft.config import Config
+from rl_ft.counterfactual import with_counterfactuals
+from rl_ft.recall import Recall
+from rl_ft.rollout import metrics
+from rl_ft.types import Completion
+
+
+@pytest.fixture(scope="module")
+def config(smoke_config: Config) -> Config:
+    config = rollout_config(smoke_config)
+    rollout = config.rollout.model_copy(update={"counterfactuals": True})
+    return config.model_copy(update={"rollout": rollout})
+
+
+def asked(*texts: str, legal: tuple[int, ...] = (0, 1, 2)) -> Asked:
+    """A question about phases A, B and C that was answered so."""
+    telling = tell(decision(observation(), legal), random.Random(1))
+    return Asked(
+        telling=telling,
+        prompt_ids=(1,),
+        completions=tuple(
+            Completion(
+                token_ids=tuple(map(ord, text)),
+                logprobs=(-0.5,) * len(text),
+                text=text,
+                finish_reason="stop",
+                weights_version=3,
+            )
+            for text in texts
+        ),
+        parsed=tuple(dialect.parse(telling.decision, text) for text in texts),
+    )
+
+
+def say(question: Asked, place: int) -> str:
+    return dialect.answer_text(question.telling.decision, Action(phase=place))
+
+
+def says(*places: int) -> Asked:
+    return asked(*(say(asked(), place) for place in places))
+
+
+def completed(question: Asked, seed: int = 1) -> Asked:
+    return with_counterfactuals(question, Letters(), random.Random(seed))
+
+
+def test_repeats_make_way_for_what_was_not_said():
+    group = completed(says(1, 1, 1, 1))
+    assert sorted(group.chosen()) == [0, 1, 1, 2]
+    assert [c.text for c in group.completions] == [say(group, place) for place in group.chosen()]
+
+
+def test_the_first_answer_stays_the_first():
+    group = completed(says(2, 2, 2))
+    assert group.completions[0] == says(2).completions[0]
+
+
+def test_only_what_joined_has_no_log_probs():
+    before, after = says(0, 0, 2, 0), completed(says(0, 0, 2, 0))
+    joined = [c for c in after.completions if c not in before.completions]
+    assert [c.text for c in joined] == [say(before, 1)]
+    assert [c for c in after.completions if c.logprobs is None] == joined
+
+
+def test_an_answer_that_joins_is_made_of_the_tokens_that_a_model_would_give():
+    joined = completed(says(0, 0)).completions[1]
+    assert joined.token_ids == Letters().answer_ids(joined.text)
+
+
+def test_answers_that_differ_all_stay():
+    question = asked(say(asked(), 0), "nothing", "something")
+    assert completed(question) == question
+
+
+def test_a_repeated_invalid_answer_stays_once():
+    group = completed(asked("nothing", "nothing", "nothing", "nothing"))
+    assert group.completions[0].text == "nothing"
+    assert sorted(group.chosen()[1:]) == [0, 1, 2]
+
+
+def test_a_misspelt_answer_does_not_count_as_given():
+    name = asked().telling.decision.junction.phases[1].name
+    group = completed(asked(f"I take {name}.", *[say(asked(), 0)] * 4))
+    assert say(group, 1) in [c.text for c in group.completions]
+
+
+def test_what_is_not_legal_never_joins():
+    question = asked("nothing", "nothing", "nothing", "nothing", legal=(0, 2))
+    legal = set(question.telling.decision.legal)
+    assert set(completed(question).chosen()) - {None} == legal
+
+
+def test_where_places_are_few_the_seed_draws_who_joins():
+    drawn = {completed(says(0, 0), seed).chosen()[1] for seed in range(20)}
+    assert drawn == {1, 2}
+    assert completed(says(0, 0), 7) == completed(says(0, 0), 7)
+
+
+def test_a_policy_that_always_says_the_same_still_learns_what_the_others_cost(worlds, config):
+    collected, _ = collect(worlds, config, [first] * 8)
+    assert sum(not is_zero_variance(g.rewards, g.valid) for g in collected.groups) > 1
+    for own, trial in worlds.trials:
+        assert set(own.legal) <= set(trial.phases)
+    for group in collected.groups:
+        assert group.completions[0].logprobs is not None
+        assert sum(c.logprobs is not None for c in group.completions) < 8
+
+
+def test_figures_about_the_policy_count_what_it_said_itself(worlds, config):
+    collected, _ = collect(worlds, config, ["nothing"] * 8)
+    figures = metrics(collected.tally)
+    assert figures["format/invalid_share"] == 1.0
+    assert figures["health/distinct_actions"] == 1.0
+    assert collected.tally.counts["counterfactual"] > 0
+
+
+def test_an_instant_of_which_all_was_tried_can_be_told_again(worlds, config):
+    recall = Recall(seed=1, num_waiting=0)
+    collect(worlds, told(config, 2), [first] * 8, recall=recall)
+    assert recall.ready()
