@@ -81,10 +81,10 @@ class BehaviourConfig(Section):
 class PrepareConfig(Section):
     """Decision states with the teachers' answers."""
 
-    num_states: int = Field(2500, gt=0)
+    num_states: int = Field(2000, gt=0)
     num_eval_states: int = Field(200, ge=0)
     teachers: tuple[Teacher, ...] = ("max_pressure", "lookahead")
-    tellings: int = Field(6, gt=0)
+    tellings: int = Field(5, gt=0)
     """Training rows per state, each with the phases in another order."""
     lookahead_temperature_veh_s: float = Field(6.0, gt=0)
     """Lookahead's lessons are drawn from softmax(-cost / temperature)."""
