@@ -1,8 +1,9 @@
 """What the answers of one group earn: measured outcomes and the format, as a named breakdown.
 
-Pure. A reward is comparable within its group only: the traffic term is centred on the group's
-mean cost and divided by the group's deviation, but by no less than a floor in veh s, so instants
-at which the choice hardly matters teach little.
+Pure. A reward is comparable within its group only: the traffic term is what an answer costs less
+than the group's mean, in units that are the same for every instant, so instants at which the choice
+hardly matters teach little. Beyond a bound all costs are one: an answer that is bad enough is not
+worth telling from a worse one, and must not decide how far apart the good ones are.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ class RewardWeights:
     time_loss: float = 1.0
     junction_time_loss: float = 0.0
     halting: float = 0.0
-    scale_floor: float = 5.0
+    scale_veh_s: float = 30.0
+    """The cost that one unit of reward stands for."""
+    max_regret_veh_s: float = 60.0
+    """An answer that costs this much more than the best of its group costs as much as any worse."""
     format_strict: float = 0.0
     format_partial: float = -0.5
     format_invalid: float = -2.0
@@ -72,10 +76,10 @@ def group_rewards(
     """
     costs = [None if outcome is None else cost_veh_s(outcome, weights) for outcome in outcomes]
     known = [cost for cost in costs if cost is not None]
-    mean = statistics.fmean(known) if known else 0.0
-    deviation = statistics.pstdev(known) if known else 0.0
-    scale = max(deviation, weights.scale_floor)
-    worst = (mean - max(known)) / scale if known else 0.0
+    bound = min(known, default=0.0) + weights.max_regret_veh_s
+    bounded = [min(cost, bound) for cost in known]
+    mean = statistics.fmean(bounded) if bounded else 0.0
+    worst = (mean - max(bounded)) / weights.scale_veh_s if bounded else 0.0
     earned = {
         "strict": weights.format_strict,
         "partial": weights.format_partial,
@@ -83,7 +87,7 @@ def group_rewards(
     }
     return tuple(
         Reward(
-            traffic=worst if cost is None else (mean - cost) / scale,
+            traffic=worst if cost is None else (mean - min(cost, bound)) / weights.scale_veh_s,
             format=earned[kind],
             cost_veh_s=cost,
         )

@@ -16,39 +16,33 @@ EQUAL_REWARDS = 1e-9
 """Rewards closer than this, relative to their size, are one reward: floats add up in any order."""
 
 
-def group_advantages(
-    rewards: Sequence[float], valid: Sequence[bool], *, scale_floor: float
-) -> tuple[float, ...]:
-    """Rewards centred over the valid completions and divided by max(deviation, scale_floor).
+def group_advantages(rewards: Sequence[float], valid: Sequence[bool]) -> tuple[float, ...]:
+    """Rewards centred over the valid completions; TRL's `scale_rewards="none"`.
 
-    A completion that is not valid gets 0 and takes no part in mean or deviation. The floor keeps
-    instants where the choice hardly matters from being blown up to the size of those where it does.
+    Not divided by the group's deviation, which would blow instants where the choice hardly matters
+    up to the size of those where it does (Liu et al. 2025, "Understanding R1-Zero-Like Training").
+    A completion that is not valid gets 0 and takes no part in the mean.
 
     Example:
-        group_advantages((-4.0, 4.0, 9.0), (True, True, False), scale_floor=8.0)
-        == (-0.5, 0.5, 0.0)
+        group_advantages((-4.0, 4.0, 9.0), (True, True, False)) == (-4.0, 4.0, 0.0)
     """
-    if not scale_floor > 0:
-        raise ValueError(f"scale_floor must be positive, got {scale_floor}")
     scored = _scored(rewards, valid)
     if _is_constant(scored):
         return (0.0,) * len(rewards)
     mean = math.fsum(scored) / len(scored)
-    deviation = math.sqrt(math.fsum((r - mean) ** 2 for r in scored) / len(scored))
-    scale = max(deviation, scale_floor)
-    return tuple((r - mean) / scale if v else 0.0 for r, v in zip(rewards, valid, strict=True))
+    return tuple(r - mean if v else 0.0 for r, v in zip(rewards, valid, strict=True))
 
 
 def with_surprise(
     advantages: Tensor,
     logps: Tensor,
-    strict: Tensor,
+    canonical: Tensor,
     valid: Tensor,
     *,
     coef: float,
     group_size: int,
 ) -> Tensor:
-    """Advantages when each strict completion also earns -coef * log p; all of shape (rows,).
+    """Advantages when each canonical completion also earns -coef * log p; all of shape (rows,).
 
     Maximum-entropy reinforcement learning (Haarnoja et al. 2018, "Soft Actor-Critic", eq. 1) on
     actions: rare ones are worth more, so several stay alive while they are compared. Only an
@@ -57,10 +51,10 @@ def with_surprise(
     Args:
         advantages: rows of a group side by side, groups of `group_size`.
         logps: log-probability of each completion as a whole.
-        strict: completions that are paid.
+        canonical: completions that are paid.
         valid: completions that take part at all; the others get 0.
     """
-    earned = -coef * logps * (strict & valid)
+    earned = -coef * logps * (canonical & valid)
     rows = valid.view(-1, group_size)
     mean = earned.view(-1, group_size).sum(1, keepdim=True) / rows.sum(1, keepdim=True).clamp(min=1)
     centred = (earned.view(-1, group_size) - mean) * rows
@@ -68,7 +62,7 @@ def with_surprise(
 
 
 def is_zero_variance(rewards: Sequence[float], valid: Sequence[bool]) -> bool:
-    """True when the valid completions all earned the same, so that the group teaches nothing.
+    """True when the valid completions all earned the same, so that no reward tells them apart.
 
     A group with fewer than two valid completions has nothing to compare and counts as one.
     """

@@ -14,7 +14,7 @@ from typing import Protocol
 from envs import dialect
 from envs.controllers import max_pressure
 from envs.naming import renamed
-from envs.types import Decision, ParseFailure
+from envs.types import Action, Decision, ParseFailure
 from rl_ft.config import Config
 from rl_ft.types import Completion
 from rl_ft.worlds import Trial, Tried
@@ -68,18 +68,31 @@ class Telling:
         return replace(tried, outcomes=outcomes)
 
 
+Answer = dialect.Parsed | ParseFailure
+
+
+def phase_of(answer: Answer) -> int | None:
+    """The phase that an answer names by its place; None where it names none."""
+    return answer.action.phase if isinstance(answer, dialect.Parsed) else None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """A telling with its answers, parsed."""
+    """A telling with the answers of its group, and with all that the policy gave."""
 
     telling: Telling
     prompt_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
-    parsed: tuple[dialect.Parsed | ParseFailure, ...]
+    parsed: tuple[Answer, ...]
+    """The group's: what the policy gave, but for what `rl_ft.counterfactual` put in its place."""
+    canonical: tuple[bool, ...]
+    """In exactly the tokens that a legal answer should have."""
+    given: tuple[Answer, ...]
+    """The policy's own, as often as it gave them."""
 
     def chosen(self) -> list[int | None]:
-        """The phase of each answer by its place; None where there is none."""
-        return [p.action.phase if isinstance(p, dialect.Parsed) else None for p in self.parsed]
+        """The phase of each answer of the group by its place; None where there is none."""
+        return [phase_of(answer) for answer in self.parsed]
 
     def to_execute(self) -> int:
         """What the first answer does to its junction while the policy drives; max-pressure decides
@@ -90,8 +103,8 @@ class Asked:
     def trial(self, *, tellings: int) -> Trial:
         """What the world is to try; the first answer is executed where the policy drives.
 
-        Every legal phase, if the instant may be told again, but not where all answers choose the
-        same: to ask again would hardly teach.
+        Every legal phase, if the instant may be told again, but not where all answers of the group
+        choose the same: to ask again would hardly teach.
         """
         telling, chosen = self.telling, self.chosen()
         places = {place for place in chosen if place is not None}
@@ -142,12 +155,24 @@ async def ask(
         greedy=prompts[num:],
     )
     asked = [
-        Asked(
-            telling=telling,
-            prompt_ids=tuple(prompt),
-            completions=tuple(completions),
-            parsed=tuple(dialect.parse(telling.decision, c.text) for c in completions),
-        )
+        _asked(telling, prompt, completions, render)
         for telling, prompt, completions in zip(tellings, prompts, answered, strict=True)
     ]
     return asked[:num], asked[num:]
+
+
+def _asked(
+    telling: Telling, prompt: Sequence[int], completions: Sequence[Completion], render: Render
+) -> Asked:
+    decision = telling.decision
+    parsed = tuple(dialect.parse(decision, completion.text) for completion in completions)
+    texts = (dialect.answer_text(decision, Action(phase=phase)) for phase in decision.legal)
+    spelled = {render.answer_ids(text) for text in texts}
+    return Asked(
+        telling=telling,
+        prompt_ids=tuple(prompt),
+        completions=tuple(completions),
+        parsed=parsed,
+        canonical=tuple(completion.token_ids in spelled for completion in completions),
+        given=parsed,
+    )

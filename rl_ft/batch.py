@@ -30,7 +30,7 @@ def collate(groups: Sequence[RolloutGroup], *, pad_token_id: int) -> dict[str, T
     rows = [
         (g.prompt_ids, *row)
         for g in groups
-        for row in zip(g.completions, g.advantages, g.valid, g.strict, strict=True)
+        for row in zip(g.completions, g.advantages, g.valid, g.canonical, strict=True)
     ]
     prompt_width = max(len(prompt) for prompt, *_ in rows)
     completion_width = max(1, *(len(c.token_ids) for _, c, *_ in rows))
@@ -54,7 +54,7 @@ def collate(groups: Sequence[RolloutGroup], *, pad_token_id: int) -> dict[str, T
         "advantages": torch.tensor(advantages, dtype=torch.float32),
         "old_per_token_logps": torch.tensor(logps, dtype=torch.float32),
         "sampled_mask": torch.tensor([c.logprobs is not None for _, c, *_ in rows]),
-        "strict_mask": torch.tensor([strict for *_, strict in rows]),
+        "canonical_mask": torch.tensor([canonical for *_, canonical in rows]),
         "num_items_in_batch": mask.sum(),
     }
 

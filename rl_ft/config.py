@@ -126,9 +126,12 @@ class RewardConfig(Section):
     time_loss: float = 1.0
     junction_time_loss: float = 0.0
     halting: float = 0.0
-    scale_floor: float = Field(30.0, gt=0)
-    """Veh s: the traffic reward of a group is divided by its deviation, but by no less. Below the
-    floor an instant counts by what it costs, so the few that cost most lead."""
+    scale_veh_s: float = Field(30.0, gt=0)
+    """The cost that one unit of reward stands for: the same at every instant, so the few at which
+    the choice matters most lead."""
+    max_regret_veh_s: float = Field(60.0, gt=0)
+    """An answer that costs this much more than the best of its group costs as much as any worse:
+    one terrible phase must not decide how far apart the good ones are."""
     format_strict: float = 0.0
     format_partial: float = -0.5
     format_invalid: float = -2.0
@@ -141,7 +144,7 @@ class RolloutConfig(Section):
     """Groups per optimiser step: one telling of one decision state each."""
     tellings: int = Field(4, gt=0)
     """How often a state is told as long as it teaches: each time in a step of its own, in an order
-    of its phases drawn anew, with answers sampled then. It is simulated once, and if it may be told
+    of its phases drawn anew, with answers sampled anew. It is simulated once, and if it may be told
     again over all legal phases."""
     retell_after_steps: float = Field(5.0, ge=0)
     """About how many steps lie between two tellings of a state."""
@@ -156,8 +159,8 @@ class RolloutConfig(Section):
     instants are alike and teach the same. Where the policy drives, it does so by its most likely
     answers."""
     counterfactuals: bool = True
-    """A repeated answer makes way for a legal one that the policy did not give: unlikely phases
-    are learnt about as fast as likely ones."""
+    """A repeated answer makes way for a legal one that the policy did not give, so that phases
+    which it would never try are learnt about too (`rl_ft.counterfactual`)."""
     max_refills: int = Field(2, ge=0)
     """Further rounds that replace groups without variance."""
     episode_s: float = Field(1800.0, gt=0)
@@ -188,8 +191,9 @@ class GrpoConfig(Section):
     entropy_coef: float = Field(0.0, ge=0)
     """TRL's bonus in the loss, over the whole vocabulary."""
     surprise_coef: float = Field(0.2, ge=0)
-    """Adds -coef * log p of a legal answer to its reward, whose traffic term has a deviation of at
-    most 1: maximum-entropy RL. Unlike `entropy_coef`, only legal answers stay alive."""
+    """Adds -coef * log p of a legal answer, in its own spelling, to its advantage: maximum-entropy
+    RL at a temperature of coef * `reward.scale_veh_s`. Unlike `entropy_coef`, only legal answers
+    stay alive."""
     groups_per_micro_batch: int = Field(16, gt=0)
     gradient_checkpointing: bool = False
     """Trades time for memory: for models that do not fit otherwise."""

@@ -1,8 +1,8 @@
 """Instants that were simulated once and are told again later.
 
 To simulate is what costs; to ask is cheap. Where every legal phase of an instant was branched, the
-reward of any answer is known, so the policy of a later step can be asked about it anew: its
-answers are sampled then, nothing is off-policy but the choice of the instant. Nothing of it is
+reward of any answer is known, so the policy of a later step can be asked about it anew: what it
+gives is sampled then, and only the choice of the instant is an earlier policy's. Nothing of it is
 saved: a resumed run begins with none.
 """
 

@@ -1,4 +1,4 @@
-"""From decisions to scored groups: render, generate, parse, branch, reward, advantage.
+"""From decisions to scored groups: render, generate, parse, complete, branch, reward, advantage.
 
 Knows neither Ray nor vLLM: worlds and the sampler are two small protocols. A world that fails
 costs its group and is counted; it never becomes a reward.
@@ -18,7 +18,7 @@ from envs.errors import WorldError
 from envs.reward import Reward, cost_veh_s, group_rewards
 from envs.types import Decision, ParseFailure
 from rl_ft.advantage import group_advantages, is_zero_variance
-from rl_ft.asking import Asked, Generate, Render, ask, tell
+from rl_ft.asking import Answer, Asked, Generate, Render, ask, phase_of, tell
 from rl_ft.config import Config
 from rl_ft.counterfactual import with_counterfactuals
 from rl_ft.dataset import reward_weights, state_id
@@ -28,9 +28,6 @@ from rl_ft.worlds import Order, State, Tried
 
 MAX_EMPTY_ROUNDS = 10
 """Rounds in a row with failures and no new instant, after which none is expected."""
-
-ADVANTAGE_FLOOR = 1.0
-"""The traffic term is already divided by the group's deviation: divide by it once only."""
 
 
 class Worlds(Protocol):
@@ -50,8 +47,9 @@ class Tally:
     """What happened while groups were collected; sums, so tallies of several workers add up."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """groups, new, driven, zero_variance, failed, completions (sampled ones), counterfactual,
-    strict, partial, invalid, distinct, agreed, disagreed, and failed/<cause>."""
+    """groups, new, driven, zero_variance, failed, agreed, disagreed and failed/<cause>; of what the
+    policy gave completions, strict, partial, invalid and distinct; and how many of the groups'
+    answers are counterfactual."""
     sums: Counter[str] = field(default_factory=Counter)
     """reward, gain_veh_s and regret_veh_s of new instants, and seconds by stage."""
 
@@ -232,25 +230,26 @@ def _group(
         prompt_ids=asked.prompt_ids,
         completions=asked.completions,
         rewards=tuple(totals),
-        advantages=group_advantages(totals, valid, scale_floor=ADVANTAGE_FLOOR),
+        advantages=group_advantages(totals, valid),
         valid=tuple(valid),
-        strict=tuple(kind == "strict" for kind in kinds),
+        canonical=asked.canonical,
     )
-    # Of the policy speaks only what it said itself.
-    own = [i for i, c in enumerate(asked.completions) if c.logprobs is not None]
+    # Of the policy speaks what it gave itself, as often as it did.
+    given = [(phase_of(answer), _kind(answer)) for answer in asked.given]
+    earned = dict(zip(zip(phases, kinds, strict=True), totals, strict=True))
     tally.counts.update(
         groups=1,
         new=int(is_new),
         zero_variance=int(is_zero_variance(totals, valid)),
-        completions=len(own),
-        counterfactual=len(kinds) - len(own),
-        distinct=len({phases[i] for i in own}),
+        completions=len(given),
+        counterfactual=sum(c.logprobs is None for c in asked.completions),
+        distinct=len({phase for phase, _ in given}),
         agreed=int(tried.agreed is True),
         disagreed=int(tried.agreed is False),
-        **Counter(kinds[i] for i in own),
+        **Counter(kind for _, kind in given),
     )
-    paid = [costs[phases[i]] for i in own if phases[i] in costs]
-    tally.sums.update(reward=sum(totals[i] for i in own) / len(own))
+    paid = [costs[phase] for phase, _ in given if phase in costs]
+    tally.sums.update(reward=sum(earned[answer] for answer in given) / len(given))
     if paid and is_new:
         mean = sum(paid) / len(paid)
         gain, regret = costs[reference] - mean, mean - min(costs.values())
@@ -275,7 +274,7 @@ def traffic_score(config: Config) -> Score:
     return score
 
 
-def _kind(parsed: dialect.Parsed | ParseFailure) -> str:
+def _kind(parsed: Answer) -> str:
     if isinstance(parsed, ParseFailure):
         return "invalid"
     return "strict" if parsed.strict else "partial"
@@ -321,6 +320,7 @@ def metrics(tally: Tally) -> dict[str, float]:
         "health/branch_disagreements": float(counts["disagreed"]),
         "rollout/groups": float(counts["groups"]),
         "rollout/new_instants": float(counts["new"]),
+        "rollout/counterfactual_share": counts["counterfactual"] / answers,
         "time/observe_s": sums["observe_s"],
         "time/generate_s": sums["generate_s"],
         "time/branch_s": sums["branch_s"],

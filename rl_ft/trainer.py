@@ -193,17 +193,22 @@ class PackedGRPOTrainer(GRPOTrainer):
         return logps, entropies, None
 
     def _take_in(self, logps: Tensor) -> None:
-        """What only the forward can say of the batch: log-probs of answers that nobody sampled,
-        which are the old policy's too, since one batch is one update; and what a surprise earns."""
+        """What only the forward can say of the batch; TRL reads these inputs after it.
+
+        Log-probs of answers that nobody sampled: the old policy's too, since one batch is one
+        update, so their ratio is 1; and the reference's, because TRL's estimate of the KL term
+        holds for samples of the policy only. And what surprise earns.
+        """
         inputs, mask = self._inputs, self._inputs["completion_mask"]
-        inputs["old_per_token_logps"] = torch.where(
-            inputs["sampled_mask"][:, None], inputs["old_per_token_logps"], logps
-        )
+        sampled = inputs["sampled_mask"][:, None]
+        for name in ("old_per_token_logps", "ref_per_token_logps"):
+            if name in inputs:
+                inputs[name] = torch.where(sampled, inputs[name], logps)
         if self._surprise_coef:
             inputs["advantages"] = with_surprise(
                 inputs["advantages"],
                 (logps * mask).sum(1),
-                inputs["strict_mask"],
+                inputs["canonical_mask"],
                 mask.any(1),
                 coef=self._surprise_coef,
                 group_size=self.num_generations,
@@ -222,20 +227,20 @@ class PackedGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         started = time.perf_counter()
-        self._inputs = inputs
+        self._inputs = inputs = dict(inputs)
         loss = super()._compute_loss(model, inputs) * inputs["loss_scale"]
         logps, entropies = self._forward
-        mask = inputs["completion_mask"]
+        mask = inputs["completion_mask"].bool()
+        sampled = mask & inputs["sampled_mask"][:, None]
         if self.args.entropy_coef:
-            bonus = (entropies * mask).sum() * inputs["entropy_scale"]
+            bonus = (entropies * sampled).sum() * inputs["entropy_scale"]
             loss = loss - self.args.entropy_coef * bonus
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of step {self.state.global_step} is {loss.item()}; nothing was updated"
             )
         del self._forward, self._inputs
-        sampled = mask.bool() & inputs["sampled_mask"][:, None]
-        self._sums.add_tokens(logps, entropies, inputs["old_per_token_logps"], sampled)
+        self._sums.add_tokens(logps, entropies, inputs["old_per_token_logps"], sampled, mask.sum())
         self._sums.add_time("forward", time.perf_counter() - started)
         return loss
 
@@ -320,8 +325,8 @@ class _PublishCallback(TrainerCallback):
 
 
 class _StepSums:
-    """What one optimiser step adds up over its micro-batches: figures over sampled tokens, and
-    seconds."""
+    """What one optimiser step adds up over its micro-batches: figures over sampled tokens, all that
+    were trained on, and seconds."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(("fetch", "forward", "backward", "publish"), 0.0)
@@ -332,7 +337,9 @@ class _StepSums:
     def add_time(self, stage: str, seconds: float) -> None:
         self.seconds[stage] += seconds
 
-    def add_tokens(self, logps: Tensor, entropies: Tensor, sampled: Tensor, mask: Tensor) -> None:
+    def add_tokens(
+        self, logps: Tensor, entropies: Tensor, sampled: Tensor, mask: Tensor, num_trained: Tensor
+    ) -> None:
         difference = ((logps - sampled) * mask).detach().float()
         sums = torch.stack(
             [
@@ -340,6 +347,7 @@ class _StepSums:
                 (entropies * mask).detach().sum().float(),
                 difference.abs().sum(),
                 difference.sum(),
+                num_trained.float(),
             ]
         )
         largest = difference.abs().max()
@@ -348,19 +356,20 @@ class _StepSums:
 
     def mean_abs_logp_diff(self, accelerator: Any) -> float:
         """Trainer against sampler, over all sampled tokens of all ranks so far."""
-        tokens, _, absolute, _ = accelerator.reduce(self._sums, reduction="sum").tolist()
+        tokens, _, absolute, *_ = accelerator.reduce(self._sums, reduction="sum").tolist()
         return absolute / max(tokens, 1.0)
 
     def metrics(self, accelerator: Any) -> dict[str, float]:
         """Means over all sampled tokens of all ranks."""
-        tokens, entropy, absolute, signed = accelerator.reduce(self._sums, reduction="sum").tolist()
+        sums = accelerator.reduce(self._sums, reduction="sum").tolist()
+        tokens, entropy, absolute, signed, num_trained = sums
         largest = accelerator.gather(self._largest).max().item()
         count = max(tokens, 1.0)
         total = time.perf_counter() - self._started
         seconds = {f"learner/{stage}_s": value for stage, value in self.seconds.items()}
         return {
             "entropy": entropy / count,
-            "num_tokens": tokens,
+            "num_tokens": num_trained,
             "mismatch/mean_abs_logp_diff": absolute / count,
             "mismatch/max_abs_logp_diff": largest,
             "mismatch/mean_logp_diff": signed / count,

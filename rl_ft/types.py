@@ -27,7 +27,7 @@ class Completion:
     finish_reason: str
     """stop or length."""
     weights_version: int
-    """The policy that sampled it."""
+    """The policy that sampled it, or that was asked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +45,9 @@ class RolloutGroup:
     rewards: tuple[float, ...]
     advantages: tuple[float, ...]
     valid: tuple[bool, ...]
-    strict: tuple[bool, ...]
-    """Completion i is a legal answer exactly as asked for: what `grpo.surprise_coef` is paid on."""
+    canonical: tuple[bool, ...]
+    """Completion i is a legal answer in exactly the tokens that it should have: what
+    `grpo.surprise_coef` is paid on."""
     stats: dict[str, float] = field(default_factory=dict)
     """Reward breakdown and health figures of this group, averaged into the step's metrics."""
 

@@ -67,7 +67,7 @@ def ragged_groups(
                 rewards=advantages,
                 advantages=advantages,
                 valid=valid,
-                strict=(True,) * GROUP_SIZE,
+                canonical=(True,) * GROUP_SIZE,
             )
         )
     return groups

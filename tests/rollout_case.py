@@ -97,9 +97,10 @@ class Sampler:
             answer = answer(decision)
         if not isinstance(answer, str):
             answer = dialect.answer_text(decision, Action(phase=answer))
+        token_ids = Letters().answer_ids(answer)
         return Completion(
-            token_ids=tuple(map(ord, answer)),
-            logprobs=(0.0,) * len(answer),
+            token_ids=token_ids,
+            logprobs=(0.0,) * len(token_ids),
             text=answer,
             finish_reason="stop",
             weights_version=3,

@@ -40,10 +40,10 @@ def test_a_row_that_nobody_sampled_says_so(groups):
     assert not batch["old_per_token_logps"][1].any()
 
 
-def test_strict_rows_are_marked(groups):
-    strict = (False,) + (True,) * (GROUP_SIZE - 1)
-    batch = collate([replace(groups[0], strict=strict)], pad_token_id=PAD)
-    assert batch["strict_mask"].tolist() == list(strict)
+def test_canonical_rows_are_marked(groups):
+    canonical = (False,) + (True,) * (GROUP_SIZE - 1)
+    batch = collate([replace(groups[0], canonical=canonical)], pad_token_id=PAD)
+    assert batch["canonical_mask"].tolist() == list(canonical)
 
 
 def test_a_failed_row_is_masked_and_not_counted(groups):

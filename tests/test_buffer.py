@@ -25,7 +25,7 @@ def group(*versions: int) -> RolloutGroup:
         rewards=(0.0,) * len(versions),
         advantages=(0.0,) * len(versions),
         valid=(True,) * len(versions),
-        strict=(True,) * len(versions),
+        canonical=(True,) * len(versions),
     )
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
 from decision_case import decision, observation
-from rollout_case import Letters, collect, first, rollout_config, told
+from rollout_case import Letters, collect, first, last, rollout_config, told
 
 from envs import dialect
-from envs.types import Action
+from envs.reward import Reward
+from envs.types import Action, Decision
 from rl_ft.advantage import is_zero_variance
-from rl_ft.asking import Asked, tell
+from rl_ft.asking import Asked, ask, tell
 from rl_ft.config import Config
 from rl_ft.counterfactual import with_counterfactuals
+from rl_ft.dataset import state_id
 from rl_ft.recall import Recall
 from rl_ft.rollout import metrics
 from rl_ft.types import Completion
@@ -28,22 +31,25 @@ def config(smoke_config: Config) -> Config:
 
 def asked(*texts: str, legal: tuple[int, ...] = (0, 1, 2)) -> Asked:
     """A question about phases A, B and C that was answered so."""
+
+    async def generate(prompts, *, num_samples, seed, greedy=()):
+        return [
+            [
+                Completion(
+                    token_ids=Letters().answer_ids(text),
+                    logprobs=(-0.5,) * (len(text) + 1),
+                    text=text,
+                    finish_reason="stop",
+                    weights_version=3,
+                )
+                for text in texts
+            ]
+            for _ in prompts
+        ]
+
     telling = tell(decision(observation(), legal), random.Random(1))
-    return Asked(
-        telling=telling,
-        prompt_ids=(1,),
-        completions=tuple(
-            Completion(
-                token_ids=tuple(map(ord, text)),
-                logprobs=(-0.5,) * len(text),
-                text=text,
-                finish_reason="stop",
-                weights_version=3,
-            )
-            for text in texts
-        ),
-        parsed=tuple(dialect.parse(telling.decision, text) for text in texts),
-    )
+    [question], _ = asyncio.run(ask([telling], [], generate, Letters(), Config(), seed=1))
+    return question
 
 
 def say(question: Asked, place: int) -> str:
@@ -110,6 +116,20 @@ def test_where_places_are_few_the_seed_draws_who_joins():
     assert completed(says(0, 0), 7) == completed(says(0, 0), 7)
 
 
+def test_another_spelling_of_the_json_does_not_count_as_given():
+    question = asked(*[say(asked(), 1).replace(" ", "")] * 3)
+    group = completed(question)
+    assert all(answer.strict for answer in question.parsed)
+    assert question.canonical == (False,) * 3
+    assert group.completions[0] == question.completions[0]
+    assert set(group.canonical[1:]) == {True}
+
+
+def test_what_the_policy_gave_is_remembered_as_often_as_it_gave_it():
+    question = says(0, 0, 1, 0)
+    assert completed(question).given == question.parsed == question.given
+
+
 def test_a_policy_that_always_says_the_same_still_learns_what_the_others_cost(worlds, config):
     collected, _ = collect(worlds, config, [first] * 8)
     assert sum(not is_zero_variance(g.rewards, g.valid) for g in collected.groups) > 1
@@ -120,15 +140,33 @@ def test_a_policy_that_always_says_the_same_still_learns_what_the_others_cost(wo
         assert sum(c.logprobs is not None for c in group.completions) < 8
 
 
-def test_figures_about_the_policy_count_what_it_said_itself(worlds, config):
-    collected, _ = collect(worlds, config, ["nothing"] * 8)
+def test_figures_about_the_policy_count_what_it_gave_as_often_as_it_did(worlds, config):
+    collected, _ = collect(worlds, config, [first] * 7 + ["nothing"])
     figures = metrics(collected.tally)
-    assert figures["format/invalid_share"] == 1.0
-    assert figures["health/distinct_actions"] == 1.0
-    assert collected.tally.counts["counterfactual"] > 0
+    assert figures["format/invalid_share"] == 1 / 8
+    assert figures["format/strict_share"] == 7 / 8
+    assert figures["health/distinct_actions"] == 2.0
+    assert 0 < figures["rollout/counterfactual_share"] <= 6 / 8
 
 
-def test_an_instant_of_which_all_was_tried_can_be_told_again(worlds, config):
+def test_the_mean_reward_is_that_of_what_the_policy_gave(worlds, config):
+    def score(own: Decision, phases, kinds, tried):
+        rewards = [1.0 if phase == own.legal[0] else -1.0 for phase in phases]
+        return [Reward(traffic=0.0, format=r, cost_veh_s=None) for r in rewards]
+
+    collected, _ = collect(worlds, config, [first] * 7 + [last], score=score)
+    assert metrics(collected.tally)["reward/mean"] == pytest.approx(6 / 8)
+
+
+def test_an_instant_is_told_again_with_all_its_legal_answers(worlds, config):
     recall = Recall(seed=1, num_waiting=0)
     collect(worlds, told(config, 2), [first] * 8, recall=recall)
     assert recall.ready()
+    num_tried = len(worlds.trials)
+    collected, _ = collect(worlds, told(config, 2), [first] * 8, recall=recall, quota=8)
+    tried = {state_id(own) for own, _ in worlds.trials[num_tried:]}
+    again = [group for group in collected.groups if group.group_id not in tried]
+    assert again
+    for group in again:
+        assert all(group.canonical)
+        assert len({c.text for c in group.completions}) > 1

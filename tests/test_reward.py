@@ -1,8 +1,9 @@
-"""Reward: centred in the group, bounded below by a floor, and never better for a bad format."""
+"""Reward: centred in the group, in one unit for all, and never better for a bad format."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from decision_case import outcome
@@ -25,15 +26,32 @@ def test_a_cost_that_is_not_finite_is_an_error(broken):
         cost_veh_s(outcome(broken), WEIGHTS)
 
 
-def test_traffic_term_is_centred_and_divided_by_the_deviation():
-    rewards = group_rewards([outcome(80.0), outcome(120.0)], ["strict", "strict"], WEIGHTS)
-    assert [r.traffic for r in rewards] == [1.0, -1.0]
-    assert [r.cost_veh_s for r in rewards] == [80.0, 120.0]
+def earned(*costs: float, **weights: float) -> list[float]:
+    """Traffic terms of strict answers that cost so much."""
+    rewards = group_rewards(
+        [outcome(cost) for cost in costs], ["strict"] * len(costs), RewardWeights(**weights)
+    )
+    assert [r.cost_veh_s for r in rewards] == list(costs)
+    return [r.traffic for r in rewards]
 
 
-def test_the_floor_keeps_small_differences_small():
-    rewards = group_rewards([outcome(100.0), outcome(101.0)], ["strict", "strict"], WEIGHTS)
-    assert [r.total for r in rewards] == [0.1, -0.1]
+def test_traffic_term_is_centred_and_in_units_of_the_scale():
+    assert earned(80.0, 120.0, scale_veh_s=10.0) == [2.0, -2.0]
+
+
+def test_a_small_difference_stays_small():
+    assert earned(100.0, 101.0, scale_veh_s=5.0) == [0.1, -0.1]
+
+
+def test_one_terrible_answer_leaves_the_difference_of_the_others_as_it_is():
+    best, good = earned(0.0, 30.0)
+    again, also, _ = earned(0.0, 30.0, 5000.0)
+    assert again - also == pytest.approx(best - good)
+
+
+def test_beyond_the_largest_regret_all_answers_earn_the_same():
+    best, bad, worse = earned(10.0, 75.0, 900.0, scale_veh_s=30.0, max_regret_veh_s=60.0)
+    assert bad == worse == pytest.approx(best - 2.0)
 
 
 def test_format_is_its_own_term():
@@ -54,9 +72,8 @@ def test_an_invalid_answer_never_earns_more_than_a_valid_one(costs, num_invalid)
     totals = [r.total for r in group_rewards(outcomes, formats, WEIGHTS)]
     valid, invalid = totals[: len(costs)], totals[len(costs) :]
     assert all(bad < min(valid) for bad in invalid)
-    assert sorted(range(len(costs)), key=lambda i: costs[i]) == sorted(
-        range(len(costs)), key=lambda i: (-valid[i], costs[i], i)
-    )
+    by_cost = sorted(range(len(costs)), key=lambda i: costs[i])
+    assert all(valid[a] >= valid[b] for a, b in pairwise(by_cost))
 
 
 def test_a_group_of_invalid_answers_earns_the_format_alone():

@@ -134,6 +134,31 @@ def near_the_policy(folder, groups, spread=0.4):
     return near
 
 
+def unsaid(group, *rows):
+    """The group as if nobody had sampled these rows."""
+    completions = [
+        replace(answer, logprobs=None) if row in rows else answer
+        for row, answer in enumerate(group.completions)
+    ]
+    return replace(group, completions=tuple(completions))
+
+
+def surprised(folder, group, coef):
+    """The group with what surprise earns reckoned into its advantages by hand."""
+    earned = [
+        -coef * float(logps.sum()) if paid and ok else 0.0
+        for logps, paid, ok in zip(
+            own_logps(folder, group), group.canonical, group.valid, strict=True
+        )
+    ]
+    mean = sum(earned) / sum(group.valid)
+    advantages = [
+        a + e - mean if ok else 0.0
+        for a, e, ok in zip(group.advantages, earned, group.valid, strict=True)
+    ]
+    return replace(group, advantages=tuple(advantages))
+
+
 @pytest.fixture(scope="module")
 def groups(folder):
     return near_the_policy(folder, ragged_groups())
@@ -209,26 +234,38 @@ def test_what_nobody_sampled_is_trained_on_as_if_the_policy_had_said_it(folder, 
         replace(answer, logprobs=tuple(logps.tolist()))
         for answer, logps in zip(first.completions, own_logps(folder, first), strict=True)
     ]
-    unsaid = [replace(answer, logprobs=None) for answer in first.completions]
-    said = [replace(first, completions=tuple(by_policy)), *others]
-    mixed = [replace(first, completions=(by_policy[0], *unsaid[1:])), *others]
-    ours, theirs = packed(folder, mixed, tmp_path), packed(folder, said, tmp_path)
+    said = replace(first, completions=tuple(by_policy))
+    ours = packed(folder, [unsaid(said, 1, 2, 3), *others], tmp_path)
+    theirs = packed(folder, [said, *others], tmp_path)
     assert_same(ours, theirs)
-    num_unsaid = sum(len(answer.token_ids) for answer in unsaid[1:])
-    assert ours[2]["num_tokens"] == theirs[2]["num_tokens"] - num_unsaid
+    assert ours[2]["num_tokens"] == theirs[2]["num_tokens"]
 
 
-def test_surprise_is_earned_on_what_the_model_thinks_of_an_answer(folder, groups, tmp_path):
-    ours = packed(folder, groups, tmp_path, surprise_coef=0.05, groups_per_micro_batch=2)
-    surprised = []
-    for group in groups:
-        earned = [-0.05 * float(logps.sum()) for logps in own_logps(folder, group)]
-        mean = sum(earned) / len(earned)
-        advantages = [a + e - mean for a, e in zip(group.advantages, earned, strict=True)]
-        surprised.append(replace(group, advantages=tuple(advantages)))
-    assert_same(ours, stock(folder, surprised, tmp_path))
-    plain = packed(folder, groups, tmp_path)
-    assert (ours[1] - plain[1]).norm() > 1e-2 * plain[1].norm()
+def test_surprise_is_earned_on_what_the_model_thinks_of_an_answer(folder, masked_groups, tmp_path):
+    mixed = [
+        replace(group, canonical=tuple(row != number % GROUP_SIZE for row in range(GROUP_SIZE)))
+        for number, group in enumerate(masked_groups)
+    ]
+    by_hand = packed(folder, [surprised(folder, g, 0.05) for g in mixed], tmp_path)
+    assert_same(packed(folder, mixed, tmp_path, surprise_coef=0.05), by_hand)
+    plain = packed(folder, mixed, tmp_path)
+    assert (by_hand[1] - plain[1]).norm() > 1e-2 * plain[1].norm()
+    all_paid = packed(folder, masked_groups, tmp_path, surprise_coef=0.05)
+    assert (by_hand[1] - all_paid[1]).norm() > 1e-2 * all_paid[1].norm()
+
+
+def test_what_nobody_sampled_earns_surprise_too(folder, groups, tmp_path):
+    before = [unsaid(group, 1, 2) for group in groups]
+    by_hand = [unsaid(surprised(folder, group, 0.05), 1, 2) for group in groups]
+    ours = packed(folder, before, tmp_path, surprise_coef=0.05, groups_per_micro_batch=2)
+    assert_same(ours, packed(folder, by_hand, tmp_path))
+
+
+def test_what_nobody_sampled_has_no_part_in_the_kl_term(folder, groups, tmp_path):
+    settings = {"beta": 0.3, "learning_rate": 1e-2, "max_steps": 3, "muon_ratio": None}
+    nobody = [unsaid(group, *range(GROUP_SIZE)) for group in groups]
+    assert packed(folder, nobody, tmp_path, **settings)[2]["kl"] == 0.0
+    assert packed(folder, groups, tmp_path, **settings)[2]["kl"] > 1e-3
 
 
 def test_the_kl_term_is_trls_once_the_policy_has_left_its_reference(folder, groups, tmp_path):
@@ -309,9 +346,15 @@ def test_two_ranks_take_the_step_of_one(folder, masked_groups, tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    shares = [masked_groups[:2], masked_groups[2:4]]
+    groups = [unsaid(group, 2) for group in masked_groups[:4]]
+    shares = [groups[:2], groups[2:]]
     settings = [
-        {"loss_type": loss_type, "groups_per_micro_batch": 1, "entropy_coef": 0.05}
+        {
+            "loss_type": loss_type,
+            "groups_per_micro_batch": 1,
+            "entropy_coef": 0.05,
+            "surprise_coef": 0.05,
+        }
         for loss_type in ("dapo", "cispo", "grpo", "bnpo")
     ]
     # Forked, since importing TRL twice more would cost more than all that is tested here.
@@ -323,6 +366,6 @@ def test_two_ranks_take_the_step_of_one(folder, masked_groups, tmp_path):
     )
     for number, grpo in enumerate(settings):
         loss, gradient, entropy = torch.load(tmp_path / f"{number}.pt")
-        one = packed(folder, masked_groups[:4], tmp_path, **grpo)
+        one = packed(folder, groups, tmp_path, **grpo)
         assert_same((loss, gradient), one)
         assert entropy == pytest.approx(one[2]["entropy"], abs=1e-4)

@@ -56,7 +56,7 @@ def ready_groups(num_groups: int, group_size: int, vocabulary: int) -> list[Roll
                 rewards=advantages,
                 advantages=advantages,
                 valid=(True,) * group_size,
-                strict=(True,) * group_size,
+                canonical=(True,) * group_size,
             )
         )
     return groups
@@ -146,8 +146,10 @@ def main() -> None:
                 "num_generations": size,
                 "max_steps": arguments.steps,
                 "groups_per_micro_batch": arguments.groups_per_micro_batch,
+                # Stock TRL knows none.
+                "surprise_coef": 0.0,
             }
-            config = Config.model_validate({"grpo": grpo | {"surprise_coef": 0.0}})
+            config = Config.model_validate({"grpo": grpo})
             groups = ready_groups(arguments.groups, size, vocabulary=300)
             packed = measure("packed", folder, config, groups)
             stock = measure("stock", folder, config, groups)

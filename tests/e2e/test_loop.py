@@ -55,7 +55,8 @@ def start_digest(prepared):
 def twins(prepared, generator, tmp_path_factory):
     folder = tmp_path_factory.mktemp("twins")
     return [
-        run_loop(prepared, folder / name, generator, *SHORT, *RETOLD) for name in ("one", "two")
+        run_loop(prepared, folder / name, generator, *SHORT, *RETOLD, "grpo.surprise_coef=0.2")
+        for name in ("one", "two")
     ]
 
 
