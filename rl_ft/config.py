@@ -81,7 +81,7 @@ class BehaviourConfig(Section):
 class PrepareConfig(Section):
     """Decision states with the teachers' answers."""
 
-    num_states: int = Field(2000, gt=0)
+    num_states: int = Field(2500, gt=0)
     num_eval_states: int = Field(200, ge=0)
     teachers: tuple[Teacher, ...] = ("max_pressure", "lookahead")
     tellings: int = Field(5, gt=0)
