@@ -144,24 +144,18 @@ def run_loop(
     )
 
 
-class FirstLegal:
-    """Toy reward: 1 for exactly the first legal phase; counts how often it was answered."""
-
-    def __init__(self) -> None:
-        self.hits: list[bool] = []
-
-    def __call__(
-        self, decision: Decision, phases: Sequence[int | None], kinds: Sequence[str], _: Tried
-    ) -> list[Reward]:
-        hits = [
-            phase == decision.legal[0] and kind == "strict"
-            for phase, kind in zip(phases, kinds, strict=True)
-        ]
-        self.hits += hits
-        return [
-            Reward(traffic=float(hit), format=-float(kind != "strict"), cost_veh_s=None)
-            for hit, kind in zip(hits, kinds, strict=True)
-        ]
+def first_legal(
+    decision: Decision, phases: Sequence[int | None], kinds: Sequence[str], _: Tried
+) -> list[Reward]:
+    """Toy reward: 1 for exactly the first legal phase, 0 for another, less for a bad format."""
+    return [
+        Reward(
+            traffic=float(phase == decision.legal[0] and kind == "strict"),
+            format=-float(kind != "strict"),
+            cost_veh_s=None,
+        )
+        for phase, kind in zip(phases, kinds, strict=True)
+    ]
 
 
 def wait_for(found: Callable[[], Any], timeout_s: float = 120.0) -> Any:
