@@ -23,12 +23,12 @@ NUM_EXAMPLES_PER_START = 3
 CURVES = (
     ("reward/gain_over_max_pressure_veh_s", "Gain over max-pressure, veh s", ""),
     ("reward/regret_veh_s", "Regret to the best tried, veh s", ""),
-    ("reward/mean", "Mean reward", ""),
+    ("reward/mean", "Reward of its answers against their group", ""),
     ("format/strict_share", "Answers in exactly the asked format", "share"),
     ("format/invalid_share", "Invalid answers", "share"),
     ("entropy", "Entropy per token, nats", ""),
     ("health/zero_variance_share", "Groups of one reward only", "share"),
-    ("health/distinct_actions", "Distinct answers per group", ""),
+    ("health/distinct_actions", "Distinct answers to a question", ""),
     ("mismatch/mean_abs_logp_diff", "Log-prob gap, trainer to sampler", "log"),
 )
 """Metric, title and scale of the learning curves."""
