@@ -68,31 +68,30 @@ class Telling:
         return replace(tried, outcomes=outcomes)
 
 
-Answer = dialect.Parsed | ParseFailure
-
-
-def phase_of(answer: Answer) -> int | None:
-    """The phase that an answer names by its place; None where it names none."""
-    return answer.action.phase if isinstance(answer, dialect.Parsed) else None
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """A telling with the answers of its group, and with all that the policy gave."""
+    """A telling with the answers of its group."""
 
     telling: Telling
     prompt_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
-    parsed: tuple[Answer, ...]
-    """The group's: what the policy gave, but for what `rl_ft.counterfactual` put in its place."""
-    canonical: tuple[bool, ...]
-    """In exactly the tokens that a legal answer should have."""
-    given: tuple[Answer, ...]
-    """The policy's own, as often as it gave them."""
+    parsed: tuple[dialect.Parsed | ParseFailure, ...]
+    times_given: tuple[int, ...]
+    """How often the policy gave each, where it stands once for several; 0: it did not."""
 
     def chosen(self) -> list[int | None]:
-        """The phase of each answer of the group by its place; None where there is none."""
-        return [phase_of(answer) for answer in self.parsed]
+        """The phase of each answer by its place; None where there is none."""
+        return [p.action.phase if isinstance(p, dialect.Parsed) else None for p in self.parsed]
+
+    def canonical(self, render: Render) -> tuple[bool, ...]:
+        """Which answers are legal and in exactly the tokens that they should have."""
+        legal = {render.answer_ids(text) for text in self.legal_texts()}
+        return tuple(completion.token_ids in legal for completion in self.completions)
+
+    def legal_texts(self) -> list[str]:
+        """The answer for each legal phase, as it should be spelled."""
+        decision = self.telling.decision
+        return [dialect.answer_text(decision, Action(phase=phase)) for phase in decision.legal]
 
     def to_execute(self) -> int:
         """What the first answer does to its junction while the policy drives; max-pressure decides
@@ -155,24 +154,17 @@ async def ask(
         greedy=prompts[num:],
     )
     asked = [
-        _asked(telling, prompt, completions, render)
+        _asked(telling, prompt, completions)
         for telling, prompt, completions in zip(tellings, prompts, answered, strict=True)
     ]
     return asked[:num], asked[num:]
 
 
-def _asked(
-    telling: Telling, prompt: Sequence[int], completions: Sequence[Completion], render: Render
-) -> Asked:
-    decision = telling.decision
-    parsed = tuple(dialect.parse(decision, completion.text) for completion in completions)
-    texts = (dialect.answer_text(decision, Action(phase=phase)) for phase in decision.legal)
-    spelled = {render.answer_ids(text) for text in texts}
+def _asked(telling: Telling, prompt: Sequence[int], completions: Sequence[Completion]) -> Asked:
     return Asked(
         telling=telling,
         prompt_ids=tuple(prompt),
         completions=tuple(completions),
-        parsed=parsed,
-        canonical=tuple(completion.token_ids in spelled for completion in completions),
-        given=parsed,
+        parsed=tuple(dialect.parse(telling.decision, c.text) for c in completions),
+        times_given=(1,) * len(completions),
     )

@@ -2,7 +2,7 @@
 
 Prompts are padded on the left and completions on the right, each to the longest of the batch. The
 sampler's log-probs are the old policy: the ratio then corrects for staleness and for any mismatch
-between sampler and trainer at once. Rows that nobody sampled have none; `sampled_mask` says so.
+between sampler and trainer at once. A row that nobody sampled has none, and was given 0 times.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ def collate(groups: Sequence[RolloutGroup], *, pad_token_id: int) -> dict[str, T
     rows = [
         (g.prompt_ids, *row)
         for g in groups
-        for row in zip(g.completions, g.advantages, g.valid, g.canonical, strict=True)
+        for row in zip(
+            g.completions, g.advantages, g.valid, g.canonical, g.times_given, strict=True
+        )
     ]
     prompt_width = max(len(prompt) for prompt, *_ in rows)
     completion_width = max(1, *(len(c.token_ids) for _, c, *_ in rows))
     prompt_ids = [[pad_token_id] * (prompt_width - len(p)) + list(p) for p, *_ in rows]
     prompt_mask = [[0] * (prompt_width - len(p)) + [1] * len(p) for p, *_ in rows]
     completion_ids, completion_mask, logps, advantages = [], [], [], []
-    for _, completion, advantage, valid, _ in rows:
+    for _, completion, advantage, valid, *_ in rows:
         advantages.append(advantage if valid else 0.0)
         length = len(completion.token_ids)
         padding = completion_width - length
@@ -53,8 +55,8 @@ def collate(groups: Sequence[RolloutGroup], *, pad_token_id: int) -> dict[str, T
         "completion_mask": mask,
         "advantages": torch.tensor(advantages, dtype=torch.float32),
         "old_per_token_logps": torch.tensor(logps, dtype=torch.float32),
-        "sampled_mask": torch.tensor([c.logprobs is not None for _, c, *_ in rows]),
-        "canonical_mask": torch.tensor([canonical for *_, canonical in rows]),
+        "canonical_mask": torch.tensor([canonical for *_, canonical, _ in rows]),
+        "times_given": torch.tensor([times for *_, times in rows]),
         "num_items_in_batch": mask.sum(),
     }
 
@@ -82,9 +84,14 @@ def _check(groups: Sequence[RolloutGroup]) -> None:
     for group in groups:
         if not group.prompt_ids:
             raise ValueError(f"{group.group_id}: the prompt is empty")
-        for completion, advantage, valid in zip(
-            group.completions, group.advantages, group.valid, strict=True
+        for completion, advantage, valid, times in zip(
+            group.completions, group.advantages, group.valid, group.times_given, strict=True
         ):
+            if (completion.logprobs is None) != (times == 0):
+                raise ValueError(
+                    f"{group.group_id}: a completion was given {times} times, "
+                    f"{'without' if completion.logprobs is None else 'with'} log-probs"
+                )
             logprobs = completion.logprobs or ()
             if completion.logprobs is not None and len(completion.token_ids) != len(logprobs):
                 raise ValueError(

@@ -160,7 +160,8 @@ class RolloutConfig(Section):
     answers."""
     counterfactuals: bool = True
     """A repeated answer makes way for a legal one that the policy did not give, so that phases
-    which it would never try are learnt about too (`rl_ft.counterfactual`)."""
+    which it would never try are learnt about too (`rl_ft.counterfactual`). Wants a
+    `grpo.surprise_coef` above 0."""
     max_refills: int = Field(2, ge=0)
     """Further rounds that replace groups without variance."""
     episode_s: float = Field(1800.0, gt=0)
@@ -283,6 +284,15 @@ class Config(Section):
     health: HealthConfig = HealthConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _kl_is_over_samples(self) -> Config:
+        if self.grpo.beta and self.rollout.counterfactuals:
+            raise ValueError(
+                f"grpo.beta is {self.grpo.beta:g}, but TRL estimates the KL term from answers that "
+                "the policy gave: set rollout.counterfactuals to false as well"
+            )
+        return self
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Config:

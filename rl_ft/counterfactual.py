@@ -4,12 +4,13 @@ A policy that is sure of a wrong phase never samples the right one: its groups a
 teach nothing, however long it trains. But the fork measures every legal phase from the identical
 instant, said or not. So a repeated answer makes way for a legal answer that nobody gave.
 
-Such a row is off-policy: nobody sampled it, it enters the objective with a ratio of 1, and without
-the repeats a group no longer weighs answers by how likely they are. What is descended is therefore
-not the policy's expected cost but, together with `grpo.surprise_coef`, how far the log-odds of each
-instant's answers are from their rewards. Where nothing is left to descend, the legal answers have
-the odds of the maximum-entropy policy, softmax(reward / surprise_coef) (Haarnoja et al. 2018, "Soft
-Actor-Critic", section 4), wherever the policy began.
+Such a row is off-policy: nobody sampled it, and it enters the objective with a ratio of 1; with
+repeats gone, likely answers weigh less in a group than in the policy. What is descended is
+therefore not the policy's expected cost but, together with `grpo.surprise_coef`, how far the
+log-odds of each instant's answers are from their rewards. Where nothing is left to descend, the
+legal answers have the odds of the maximum-entropy policy, softmax(reward / surprise_coef) (Haarnoja
+et al. 2018, "Soft Actor-Critic", section 4), wherever the policy began. With a coefficient of 0
+there is no such point: log-odds grow as long as training goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import replace
 
 from envs import dialect
 from envs.types import Action
-from rl_ft.asking import Asked, Render, phase_of
+from rl_ft.asking import Asked, Render
 from rl_ft.types import Completion
 
 
@@ -33,29 +34,31 @@ def with_counterfactuals(asked: Asked, render: Render, rng: random.Random) -> As
     Example:
         answers A A A B of the legal phases A, B, C become A C A B
     """
-    decision = asked.telling.decision
-    pairs = zip(asked.parsed, asked.canonical, strict=True)
-    present = {phase_of(answer) for answer, canonical in pairs if canonical}
-    missing = [phase for phase in decision.legal if phase not in present]
-    repeats, seen = [], set()
+    first_place: dict[tuple[int, ...], int] = {}
+    repeats = []
     for place, completion in enumerate(asked.completions):
-        if completion.token_ids in seen:
+        if first_place.setdefault(completion.token_ids, place) != place:
             repeats.append(place)
-        seen.add(completion.token_ids)
+    spelled = [render.answer_ids(text) for text in asked.legal_texts()]
+    missing = [i for i, token_ids in enumerate(spelled) if token_ids not in first_place]
     completions, parsed = list(asked.completions), list(asked.parsed)
-    canonical = list(asked.canonical)
+    times_given = list(asked.times_given)
     drawn = rng.sample(missing, min(len(missing), len(repeats)))
-    for place, phase in zip(repeats, drawn, strict=False):
-        action = Action(phase=phase)
-        text = dialect.answer_text(decision, action)
+    for place, i in zip(repeats, drawn, strict=False):
+        times_given[first_place[completions[place].token_ids]] += times_given[place]
+        times_given[place] = 0
         completions[place] = Completion(
-            token_ids=render.answer_ids(text),
+            token_ids=spelled[i],
             logprobs=None,
-            text=text,
+            text=asked.legal_texts()[i],
             finish_reason="stop",
             weights_version=completions[place].weights_version,
         )
-        parsed[place], canonical[place] = dialect.Parsed(action=action, strict=True), True
+        action = Action(phase=asked.telling.decision.legal[i])
+        parsed[place] = dialect.Parsed(action=action, strict=True)
     return replace(
-        asked, completions=tuple(completions), parsed=tuple(parsed), canonical=tuple(canonical)
+        asked,
+        completions=tuple(completions),
+        parsed=tuple(parsed),
+        times_given=tuple(times_given),
     )

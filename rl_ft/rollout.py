@@ -18,7 +18,7 @@ from envs.errors import WorldError
 from envs.reward import Reward, cost_veh_s, group_rewards
 from envs.types import Decision, ParseFailure
 from rl_ft.advantage import group_advantages, is_zero_variance
-from rl_ft.asking import Answer, Asked, Generate, Render, ask, phase_of, tell
+from rl_ft.asking import Asked, Generate, Render, ask, tell
 from rl_ft.config import Config
 from rl_ft.counterfactual import with_counterfactuals
 from rl_ft.dataset import reward_weights, state_id
@@ -128,7 +128,7 @@ async def collect_groups(
             raise WorldError("no_groups", f"every world failed {num_empty} times: {causes}")
         for i, (question, instant) in enumerate(new + again):
             is_new = i < len(new)
-            group, example = _group(question, instant, score, config, tally, is_new=is_new)
+            group, example = _group(question, instant, render, score, config, tally, is_new=is_new)
             examples.append(example)
             if is_zero_variance(group.rewards, group.valid):
                 idle.append(group)
@@ -215,7 +215,14 @@ def _orders(
 
 
 def _group(
-    asked: Asked, instant: Instant, score: Score, config: Config, tally: Tally, *, is_new: bool
+    asked: Asked,
+    instant: Instant,
+    render: Render,
+    score: Score,
+    config: Config,
+    tally: Tally,
+    *,
+    is_new: bool,
 ) -> tuple[RolloutGroup, dict[str, Any]]:
     tried = asked.telling.as_told(instant.tried)
     weights = reward_weights(config)
@@ -232,24 +239,24 @@ def _group(
         rewards=tuple(totals),
         advantages=group_advantages(totals, valid),
         valid=tuple(valid),
-        canonical=asked.canonical,
+        canonical=asked.canonical(render),
+        times_given=asked.times_given,
     )
     # Of the policy speaks what it gave itself, as often as it did.
-    given = [(phase_of(answer), _kind(answer)) for answer in asked.given]
-    earned = dict(zip(zip(phases, kinds, strict=True), totals, strict=True))
+    given = [i for i, times in enumerate(asked.times_given) for _ in range(times)]
     tally.counts.update(
         groups=1,
         new=int(is_new),
         zero_variance=int(is_zero_variance(totals, valid)),
         completions=len(given),
-        counterfactual=sum(c.logprobs is None for c in asked.completions),
-        distinct=len({phase for phase, _ in given}),
+        counterfactual=asked.times_given.count(0),
+        distinct=len({phases[i] for i in given}),
         agreed=int(tried.agreed is True),
         disagreed=int(tried.agreed is False),
-        **Counter(kind for _, kind in given),
+        **Counter(kinds[i] for i in given),
     )
-    paid = [costs[phase] for phase, _ in given if phase in costs]
-    tally.sums.update(reward=sum(earned[answer] for answer in given) / len(given))
+    paid = [costs[phases[i]] for i in given if phases[i] in costs]
+    tally.sums.update(reward=sum(totals[i] for i in given) / len(given))
     if paid and is_new:
         mean = sum(paid) / len(paid)
         gain, regret = costs[reference] - mean, mean - min(costs.values())
@@ -274,7 +281,7 @@ def traffic_score(config: Config) -> Score:
     return score
 
 
-def _kind(parsed: Answer) -> str:
+def _kind(parsed: dialect.Parsed | ParseFailure) -> str:
     if isinstance(parsed, ParseFailure):
         return "invalid"
     return "strict" if parsed.strict else "partial"

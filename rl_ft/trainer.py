@@ -150,8 +150,10 @@ class PackedGRPOTrainer(GRPOTrainer):
         ]
         num_rows = sum(sum(group.valid) for group in groups)
         num_tokens = sum(int(batch["num_items_in_batch"]) for batch in batches)
-        totals = torch.tensor([num_rows, num_tokens], device=self.args.device)
-        num_rows, num_tokens = self.accelerator.reduce(totals, reduction="sum").clamp(min=1)
+        num_given = sum(int(_weights(batch).sum()) for batch in batches)
+        totals = torch.tensor([num_rows, num_tokens, num_given], device=self.args.device)
+        totals = self.accelerator.reduce(totals, reduction="sum").clamp(min=1)
+        num_rows, num_tokens, num_given = totals
         # DDP averages over ranks and TRL over micro-batches: both are undone by this factor.
         parts = self.accelerator.num_processes * len(batches)
         for batch in batches:
@@ -163,7 +165,7 @@ class PackedGRPOTrainer(GRPOTrainer):
             else:
                 batch["loss_scale"] = torch.ones(())
             batch["num_items_in_batch"] = num_tokens
-            batch["entropy_scale"] = self.accelerator.num_processes / num_tokens
+            batch["entropy_scale"] = self.accelerator.num_processes / num_given
         return batches
 
     # ---- objective
@@ -196,14 +198,12 @@ class PackedGRPOTrainer(GRPOTrainer):
         """What only the forward can say of the batch; TRL reads these inputs after it.
 
         Log-probs of answers that nobody sampled: the old policy's too, since one batch is one
-        update, so their ratio is 1; and the reference's, because TRL's estimate of the KL term
-        holds for samples of the policy only. And what surprise earns.
+        update, so their ratio is 1. And what surprise earns.
         """
         inputs, mask = self._inputs, self._inputs["completion_mask"]
-        sampled = inputs["sampled_mask"][:, None]
-        for name in ("old_per_token_logps", "ref_per_token_logps"):
-            if name in inputs:
-                inputs[name] = torch.where(sampled, inputs[name], logps)
+        inputs["old_per_token_logps"] = torch.where(
+            inputs["times_given"][:, None] > 0, inputs["old_per_token_logps"], logps
+        )
         if self._surprise_coef:
             inputs["advantages"] = with_surprise(
                 inputs["advantages"],
@@ -230,17 +230,17 @@ class PackedGRPOTrainer(GRPOTrainer):
         self._inputs = inputs = dict(inputs)
         loss = super()._compute_loss(model, inputs) * inputs["loss_scale"]
         logps, entropies = self._forward
-        mask = inputs["completion_mask"].bool()
-        sampled = mask & inputs["sampled_mask"][:, None]
+        weights = _weights(inputs)
         if self.args.entropy_coef:
-            bonus = (entropies * sampled).sum() * inputs["entropy_scale"]
+            bonus = (entropies * weights).sum() * inputs["entropy_scale"]
             loss = loss - self.args.entropy_coef * bonus
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of step {self.state.global_step} is {loss.item()}; nothing was updated"
             )
         del self._forward, self._inputs
-        self._sums.add_tokens(logps, entropies, inputs["old_per_token_logps"], sampled, mask.sum())
+        self._sums.add_tokens(logps, entropies, inputs["old_per_token_logps"], weights)
+        self._sums.num_trained += int(inputs["completion_mask"].sum())
         self._sums.add_time("forward", time.perf_counter() - started)
         return loss
 
@@ -325,12 +325,13 @@ class _PublishCallback(TrainerCallback):
 
 
 class _StepSums:
-    """What one optimiser step adds up over its micro-batches: figures over sampled tokens, all that
-    were trained on, and seconds."""
+    """What one optimiser step adds up over its micro-batches: figures over the tokens that the
+    policy gave, as often as it gave them, and seconds."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(("fetch", "forward", "backward", "publish"), 0.0)
         self._started = time.perf_counter()
+        self.num_trained = 0
         self._sums: Tensor | None = None
         self._largest: Tensor | None = None
 
@@ -338,38 +339,37 @@ class _StepSums:
         self.seconds[stage] += seconds
 
     def add_tokens(
-        self, logps: Tensor, entropies: Tensor, sampled: Tensor, mask: Tensor, num_trained: Tensor
+        self, logps: Tensor, entropies: Tensor, old_logps: Tensor, weights: Tensor
     ) -> None:
-        difference = ((logps - sampled) * mask).detach().float()
+        difference = (logps - old_logps).detach().float()
         sums = torch.stack(
             [
-                mask.sum().float(),
-                (entropies * mask).detach().sum().float(),
-                difference.abs().sum(),
-                difference.sum(),
-                num_trained.float(),
+                weights.sum().float(),
+                (entropies * weights).detach().sum().float(),
+                (difference.abs() * weights).sum(),
+                (difference * weights).sum(),
             ]
         )
-        largest = difference.abs().max()
+        largest = (difference.abs() * (weights > 0)).max()
         self._sums = sums if self._sums is None else self._sums + sums
         self._largest = largest if self._largest is None else self._largest.maximum(largest)
 
     def mean_abs_logp_diff(self, accelerator: Any) -> float:
-        """Trainer against sampler, over all sampled tokens of all ranks so far."""
-        tokens, _, absolute, *_ = accelerator.reduce(self._sums, reduction="sum").tolist()
+        """Trainer against sampler, over all given tokens of all ranks so far."""
+        tokens, _, absolute, _ = accelerator.reduce(self._sums, reduction="sum").tolist()
         return absolute / max(tokens, 1.0)
 
     def metrics(self, accelerator: Any) -> dict[str, float]:
-        """Means over all sampled tokens of all ranks."""
-        sums = accelerator.reduce(self._sums, reduction="sum").tolist()
-        tokens, entropy, absolute, signed, num_trained = sums
+        """Means over all given tokens of all ranks; `num_tokens` is how many were trained on."""
+        tokens, entropy, absolute, signed = accelerator.reduce(self._sums, reduction="sum").tolist()
+        num_trained = torch.tensor(self.num_trained, device=self._sums.device)
         largest = accelerator.gather(self._largest).max().item()
         count = max(tokens, 1.0)
         total = time.perf_counter() - self._started
         seconds = {f"learner/{stage}_s": value for stage, value in self.seconds.items()}
         return {
             "entropy": entropy / count,
-            "num_tokens": num_trained,
+            "num_tokens": float(accelerator.reduce(num_trained, reduction="sum")),
             "mismatch/mean_abs_logp_diff": absolute / count,
             "mismatch/max_abs_logp_diff": largest,
             "mismatch/mean_logp_diff": signed / count,
@@ -377,6 +377,11 @@ class _StepSums:
             "learner/other_s": total - sum(self.seconds.values()),
             "learner/step_s": total,
         }
+
+
+def _weights(batch: dict[str, Tensor]) -> Tensor:
+    """How often the policy gave each token; 0 for padding and for what nobody sampled."""
+    return batch["completion_mask"] * batch["times_given"][:, None]
 
 
 def full_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:

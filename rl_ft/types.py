@@ -5,7 +5,7 @@ They hold plain Python values (ids, floats, text), so they travel through Ray as
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +48,9 @@ class RolloutGroup:
     canonical: tuple[bool, ...]
     """Completion i is a legal answer in exactly the tokens that it should have: what
     `grpo.surprise_coef` is paid on."""
-    stats: dict[str, float] = field(default_factory=dict)
-    """Reward breakdown and health figures of this group, averaged into the step's metrics."""
+    times_given: tuple[int, ...]
+    """How often the policy gave completion i; 0 for one that nobody sampled, and what figures about
+    the policy weigh it by."""
 
     @property
     def weights_version(self) -> int:

@@ -36,7 +36,13 @@ def config(**grpo) -> Config:
         "surprise_coef": 0.0,
         **grpo,
     }
-    return Config.model_validate({"grpo": settings, "ray": {"torch_threads": 1}})
+    return Config.model_validate(
+        {
+            "grpo": settings,
+            "rollout": {"counterfactuals": False},
+            "ray": {"torch_threads": 1},
+        }
+    )
 
 
 def completion(rng: random.Random, length: int) -> Completion:
@@ -68,6 +74,7 @@ def ragged_groups(
                 advantages=advantages,
                 valid=valid,
                 canonical=(True,) * GROUP_SIZE,
+                times_given=(1,) * GROUP_SIZE,
             )
         )
     return groups

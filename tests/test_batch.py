@@ -34,10 +34,25 @@ def test_old_log_probs_are_the_samplers(groups):
 def test_a_row_that_nobody_sampled_says_so(groups):
     unsaid = replace(groups[0].completions[1], logprobs=None)
     completions = (groups[0].completions[0], unsaid, *groups[0].completions[2:])
-    batch = collate([replace(groups[0], completions=completions)], pad_token_id=PAD)
-    assert batch["sampled_mask"].tolist() == [True, False] + [True] * (GROUP_SIZE - 2)
+    times = (2, 0) + (1,) * (GROUP_SIZE - 2)
+    group = replace(groups[0], completions=completions, times_given=times)
+    batch = collate([group], pad_token_id=PAD)
+    assert batch["times_given"].tolist() == list(times)
     assert batch["completion_mask"][1].sum() == len(unsaid.token_ids)
     assert not batch["old_per_token_logps"][1].any()
+
+
+@pytest.mark.parametrize(("times", "said"), [(0, "with"), (1, "without")])
+def test_log_probs_are_there_exactly_where_somebody_sampled(groups, times, said):
+    answer = groups[0].completions[0]
+    first = answer if said == "with" else replace(answer, logprobs=None)
+    broken = replace(
+        groups[0],
+        completions=(first, *groups[0].completions[1:]),
+        times_given=(times, *groups[0].times_given[1:]),
+    )
+    with pytest.raises(ValueError, match=f"given {times} times, {said} log-probs"):
+        collate([broken], pad_token_id=PAD)
 
 
 def test_canonical_rows_are_marked(groups):

@@ -26,6 +26,7 @@ def group(*versions: int) -> RolloutGroup:
         advantages=(0.0,) * len(versions),
         valid=(True,) * len(versions),
         canonical=(True,) * len(versions),
+        times_given=(1,) * len(versions),
     )
 
 

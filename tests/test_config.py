@@ -30,6 +30,12 @@ def test_an_unknown_key_is_an_error():
         GrpoConfig.model_validate({"max_step": 3})
 
 
+def test_a_kl_term_needs_answers_that_the_policy_gave():
+    with pytest.raises(ValidationError, match="counterfactuals to false"):
+        Config.model_validate({"grpo": {"beta": 0.1}})
+    Config.model_validate({"grpo": {"beta": 0.1}, "rollout": {"counterfactuals": False}})
+
+
 def test_the_engine_must_have_room_for_prompt_and_completion():
     with pytest.raises(ValidationError, match="max_model_len is 100"):
         Config.model_validate({"generation": {"max_model_len": 100}})

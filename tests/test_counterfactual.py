@@ -7,7 +7,7 @@ import random
 
 import pytest
 from decision_case import decision, observation
-from rollout_case import Letters, collect, first, last, rollout_config, told
+from rollout_case import NUM_WORLDS, Letters, collect, first, last, rollout_config, told
 
 from envs import dialect
 from envs.reward import Reward
@@ -120,14 +120,20 @@ def test_another_spelling_of_the_json_does_not_count_as_given():
     question = asked(*[say(asked(), 1).replace(" ", "")] * 3)
     group = completed(question)
     assert all(answer.strict for answer in question.parsed)
-    assert question.canonical == (False,) * 3
+    assert question.canonical(Letters()) == (False,) * 3
     assert group.completions[0] == question.completions[0]
-    assert set(group.canonical[1:]) == {True}
+    assert group.canonical(Letters()) == (False, True, True)
 
 
 def test_what_the_policy_gave_is_remembered_as_often_as_it_gave_it():
-    question = says(0, 0, 1, 0)
-    assert completed(question).given == question.parsed == question.given
+    group = completed(says(0, 0, 1, 0))
+    assert group.chosen()[0] == 0
+    times = dict(zip(group.chosen(), group.times_given, strict=True))
+    assert times[2] == 0
+    assert sum(group.times_given) == 4
+    of_first = [n for phase, n in zip(group.chosen(), group.times_given, strict=True) if phase == 0]
+    assert sum(of_first) == 3
+    assert times[1] == 1
 
 
 def test_a_policy_that_always_says_the_same_still_learns_what_the_others_cost(worlds, config):
@@ -142,11 +148,37 @@ def test_a_policy_that_always_says_the_same_still_learns_what_the_others_cost(wo
 
 def test_figures_about_the_policy_count_what_it_gave_as_often_as_it_did(worlds, config):
     collected, _ = collect(worlds, config, [first] * 7 + ["nothing"])
+    assert collected.tally.counts["completions"] == 8 * collected.tally.counts["groups"]
     figures = metrics(collected.tally)
     assert figures["format/invalid_share"] == 1 / 8
     assert figures["format/strict_share"] == 7 / 8
     assert figures["health/distinct_actions"] == 2.0
     assert 0 < figures["rollout/counterfactual_share"] <= 6 / 8
+
+
+def test_gain_and_regret_are_those_of_what_the_policy_gave(worlds, config):
+    collected, _ = collect(worlds, config, [first] * 8, quota=NUM_WORLDS)
+    gains, regrets = [], []
+    for example in collected.examples:
+        costs = example["cost_veh_s"]
+        gains.append(costs[example["teacher"]] - costs[example["chosen"]])
+        regrets.append(costs[example["chosen"]] - min(costs.values()))
+    figures = metrics(collected.tally)
+    assert figures["rollout/new_instants"] == len(gains)
+    assert figures["reward/gain_over_max_pressure_veh_s"] == pytest.approx(sum(gains) / len(gains))
+    assert figures["reward/regret_veh_s"] == pytest.approx(sum(regrets) / len(regrets))
+    assert any(regrets)
+
+
+def test_only_an_answers_own_tokens_are_called_canonical(worlds, config):
+    def compact(own: Decision) -> str:
+        return dialect.answer_text(own, Action(phase=own.legal[0])).replace(" ", "")
+
+    collected, _ = collect(worlds, config, [compact] * 7 + [last])
+    for group in collected.groups:
+        spelled = [" " in completion.text for completion in group.completions]
+        assert list(group.canonical) == spelled
+        assert not all(spelled)
 
 
 def test_the_mean_reward_is_that_of_what_the_policy_gave(worlds, config):
@@ -169,4 +201,5 @@ def test_an_instant_is_told_again_with_all_its_legal_answers(worlds, config):
     assert again
     for group in again:
         assert all(group.canonical)
+        assert 0 in group.times_given
         assert len({c.text for c in group.completions}) > 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import pytest
 from decision_case import outcome
@@ -72,8 +71,9 @@ def test_an_invalid_answer_never_earns_more_than_a_valid_one(costs, num_invalid)
     totals = [r.total for r in group_rewards(outcomes, formats, WEIGHTS)]
     valid, invalid = totals[: len(costs)], totals[len(costs) :]
     assert all(bad < min(valid) for bad in invalid)
-    by_cost = sorted(range(len(costs)), key=lambda i: costs[i])
-    assert all(valid[a] >= valid[b] for a, b in pairwise(by_cost))
+    regrets = [min(cost - min(costs), WEIGHTS.max_regret_veh_s) for cost in costs]
+    for regret, total in zip(regrets, valid, strict=True):
+        assert max(valid) - total == pytest.approx(regret / WEIGHTS.scale_veh_s, abs=1e-6)
 
 
 def test_a_group_of_invalid_answers_earns_the_format_alone():

@@ -226,6 +226,7 @@ def test_metrics_have_these_names(worlds, config):
         "health/branch_disagreements",
         "rollout/groups",
         "rollout/new_instants",
+        "rollout/counterfactual_share",
         "time/observe_s",
         "time/generate_s",
         "time/branch_s",

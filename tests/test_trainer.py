@@ -140,7 +140,8 @@ def unsaid(group, *rows):
         replace(answer, logprobs=None) if row in rows else answer
         for row, answer in enumerate(group.completions)
     ]
-    return replace(group, completions=tuple(completions))
+    times = tuple(0 if row in rows else n for row, n in enumerate(group.times_given))
+    return replace(group, completions=tuple(completions), times_given=times)
 
 
 def surprised(folder, group, coef):
@@ -261,11 +262,27 @@ def test_what_nobody_sampled_earns_surprise_too(folder, groups, tmp_path):
     assert_same(ours, packed(folder, by_hand, tmp_path))
 
 
-def test_what_nobody_sampled_has_no_part_in_the_kl_term(folder, groups, tmp_path):
-    settings = {"beta": 0.3, "learning_rate": 1e-2, "max_steps": 3, "muon_ratio": None}
-    nobody = [unsaid(group, *range(GROUP_SIZE)) for group in groups]
-    assert packed(folder, nobody, tmp_path, **settings)[2]["kl"] == 0.0
-    assert packed(folder, groups, tmp_path, **settings)[2]["kl"] > 1e-3
+def test_figures_weigh_an_answer_by_how_often_it_was_given(folder, groups, tmp_path):
+    """As if the batch held it as often."""
+    group = unsaid(groups[0], 3)
+    figures = packed(folder, [replace(group, times_given=(2, 1, 1, 0))], tmp_path)[2]
+    first, *others = groups[0].completions[:3]
+    as_often = replace(
+        groups[0],
+        completions=(first, first, *others),
+        advantages=(0.0, 0.1, -0.1, 0.0),
+    )
+    alike = packed(folder, [as_often], tmp_path)[2]
+    for name in ("entropy", "mismatch/mean_abs_logp_diff", "mismatch/mean_logp_diff"):
+        assert figures[name] == pytest.approx(alike[name], rel=1e-5)
+    assert figures["mismatch/mean_abs_logp_diff"] > 0.1
+
+
+def test_the_entropy_bonus_is_over_what_the_policy_gave(folder, groups, tmp_path):
+    mixed = [replace(unsaid(group, 1, 3), times_given=(3, 0, 1, 0)) for group in groups]
+    plain = packed(folder, mixed, tmp_path)
+    bonus = packed(folder, mixed, tmp_path, entropy_coef=0.1, groups_per_micro_batch=2)
+    assert bonus[0] == pytest.approx(plain[0] - 0.1 * plain[2]["entropy"], abs=1e-5)
 
 
 def test_the_kl_term_is_trls_once_the_policy_has_left_its_reference(folder, groups, tmp_path):

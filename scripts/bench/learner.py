@@ -57,6 +57,7 @@ def ready_groups(num_groups: int, group_size: int, vocabulary: int) -> list[Roll
                 advantages=advantages,
                 valid=(True,) * group_size,
                 canonical=(True,) * group_size,
+                times_given=(1,) * group_size,
             )
         )
     return groups

@@ -224,7 +224,9 @@ def test_the_saved_model_is_the_mean_of_the_later_checkpoints(toy):
 
 def test_a_toy_reward_is_learnt_by_the_real_path(toy):
     earned = toy.values("reward/mean")
+    assert toy.values("format/strict_share")[0] > 0.9
     assert earned[0] < 0.7
+    assert min(toy.values("rollout/counterfactual_share")) > 0
     assert sum(earned[-5:]) / 5 > 0.95
 
 
