@@ -54,11 +54,10 @@ def with_surprise(
         canonical: completions that are paid.
         valid: completions that take part at all; the others get 0.
     """
-    earned = -coef * logps * (canonical & valid)
-    rows = valid.view(-1, group_size)
-    mean = earned.view(-1, group_size).sum(1, keepdim=True) / rows.sum(1, keepdim=True).clamp(min=1)
-    centred = (earned.view(-1, group_size) - mean) * rows
-    return advantages + centred.flatten()
+    earned = (-coef * logps * (canonical & valid)).view(-1, group_size)
+    alive = valid.view(-1, group_size)
+    mean = earned.sum(1, keepdim=True) / alive.sum(1, keepdim=True).clamp(min=1)
+    return advantages + ((earned - mean) * alive).flatten()
 
 
 def is_zero_variance(rewards: Sequence[float], valid: Sequence[bool]) -> bool:

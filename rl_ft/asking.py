@@ -76,6 +76,8 @@ class Asked:
     prompt_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
     parsed: tuple[dialect.Parsed | ParseFailure, ...]
+    spelled: tuple[tuple[int, ...], ...]
+    """For each legal phase the tokens that its answer should have."""
     times_given: tuple[int, ...]
     """How often the policy gave each, where it stands once for several; 0: it did not."""
 
@@ -83,15 +85,9 @@ class Asked:
         """The phase of each answer by its place; None where there is none."""
         return [p.action.phase if isinstance(p, dialect.Parsed) else None for p in self.parsed]
 
-    def canonical(self, render: Render) -> tuple[bool, ...]:
+    def canonical(self) -> tuple[bool, ...]:
         """Which answers are legal and in exactly the tokens that they should have."""
-        legal = {render.answer_ids(text) for text in self.legal_texts()}
-        return tuple(completion.token_ids in legal for completion in self.completions)
-
-    def legal_texts(self) -> list[str]:
-        """The answer for each legal phase, as it should be spelled."""
-        decision = self.telling.decision
-        return [dialect.answer_text(decision, Action(phase=phase)) for phase in decision.legal]
+        return tuple(completion.token_ids in self.spelled for completion in self.completions)
 
     def to_execute(self) -> int:
         """What the first answer does to its junction while the policy drives; max-pressure decides
@@ -154,17 +150,19 @@ async def ask(
         greedy=prompts[num:],
     )
     asked = [
-        _asked(telling, prompt, completions)
+        Asked(
+            telling=telling,
+            prompt_ids=tuple(prompt),
+            completions=tuple(completions),
+            parsed=tuple(dialect.parse(telling.decision, c.text) for c in completions),
+            spelled=_spelled(telling.decision, render),
+            times_given=(1,) * len(completions),
+        )
         for telling, prompt, completions in zip(tellings, prompts, answered, strict=True)
     ]
     return asked[:num], asked[num:]
 
 
-def _asked(telling: Telling, prompt: Sequence[int], completions: Sequence[Completion]) -> Asked:
-    return Asked(
-        telling=telling,
-        prompt_ids=tuple(prompt),
-        completions=tuple(completions),
-        parsed=tuple(dialect.parse(telling.decision, c.text) for c in completions),
-        times_given=(1,) * len(completions),
-    )
+def _spelled(decision: Decision, render: Render) -> tuple[tuple[int, ...], ...]:
+    texts = (dialect.answer_text(decision, Action(phase=phase)) for phase in decision.legal)
+    return tuple(render.answer_ids(text) for text in texts)

@@ -20,11 +20,11 @@ from dataclasses import replace
 
 from envs import dialect
 from envs.types import Action
-from rl_ft.asking import Asked, Render
+from rl_ft.asking import Asked
 from rl_ft.types import Completion
 
 
-def with_counterfactuals(asked: Asked, render: Render, rng: random.Random) -> Asked:
+def with_counterfactuals(asked: Asked, rng: random.Random) -> Asked:
     """The same question; repeats of an answer are replaced by legal answers that were not given.
 
     The group keeps its size, so of more missing answers than repeats a few are drawn. What was
@@ -39,22 +39,23 @@ def with_counterfactuals(asked: Asked, render: Render, rng: random.Random) -> As
     for place, completion in enumerate(asked.completions):
         if first_place.setdefault(completion.token_ids, place) != place:
             repeats.append(place)
-    spelled = [render.answer_ids(text) for text in asked.legal_texts()]
-    missing = [i for i, token_ids in enumerate(spelled) if token_ids not in first_place]
+    decision = asked.telling.decision
+    answers = zip(decision.legal, asked.spelled, strict=True)
+    missing = [(phase, token_ids) for phase, token_ids in answers if token_ids not in first_place]
     completions, parsed = list(asked.completions), list(asked.parsed)
     times_given = list(asked.times_given)
     drawn = rng.sample(missing, min(len(missing), len(repeats)))
-    for place, i in zip(repeats, drawn, strict=False):
+    for place, (phase, token_ids) in zip(repeats, drawn, strict=False):
+        action = Action(phase=phase)
         times_given[first_place[completions[place].token_ids]] += times_given[place]
         times_given[place] = 0
         completions[place] = Completion(
-            token_ids=spelled[i],
+            token_ids=token_ids,
             logprobs=None,
-            text=asked.legal_texts()[i],
+            text=dialect.answer_text(decision, action),
             finish_reason="stop",
             weights_version=completions[place].weights_version,
         )
-        action = Action(phase=asked.telling.decision.legal[i])
         parsed[place] = dialect.Parsed(action=action, strict=True)
     return replace(
         asked,

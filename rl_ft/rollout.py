@@ -128,7 +128,7 @@ async def collect_groups(
             raise WorldError("no_groups", f"every world failed {num_empty} times: {causes}")
         for i, (question, instant) in enumerate(new + again):
             is_new = i < len(new)
-            group, example = _group(question, instant, render, score, config, tally, is_new=is_new)
+            group, example = _group(question, instant, score, config, tally, is_new=is_new)
             examples.append(example)
             if is_zero_variance(group.rewards, group.valid):
                 idle.append(group)
@@ -174,7 +174,7 @@ async def _round(
     observed = time.perf_counter()
     asked, driven = await ask(told, ways, generate, render, config, seed=seed)
     if config.rollout.counterfactuals:
-        asked = [with_counterfactuals(question, render, rng) for question in asked]
+        asked = [with_counterfactuals(question, rng) for question in asked]
     generated = time.perf_counter()
     fresh, again = iter(asked[: len(decisions)]), asked[len(decisions) :]
     by_world = [next(fresh) if isinstance(state, Decision) else None for state in states]
@@ -215,14 +215,7 @@ def _orders(
 
 
 def _group(
-    asked: Asked,
-    instant: Instant,
-    render: Render,
-    score: Score,
-    config: Config,
-    tally: Tally,
-    *,
-    is_new: bool,
+    asked: Asked, instant: Instant, score: Score, config: Config, tally: Tally, *, is_new: bool
 ) -> tuple[RolloutGroup, dict[str, Any]]:
     tried = asked.telling.as_told(instant.tried)
     weights = reward_weights(config)
@@ -239,7 +232,7 @@ def _group(
         rewards=tuple(totals),
         advantages=group_advantages(totals, valid),
         valid=tuple(valid),
-        canonical=asked.canonical(render),
+        canonical=asked.canonical(),
         times_given=asked.times_given,
     )
     # Of the policy speaks what it gave itself, as often as it did.

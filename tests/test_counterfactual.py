@@ -61,7 +61,7 @@ def says(*places: int) -> Asked:
 
 
 def completed(question: Asked, seed: int = 1) -> Asked:
-    return with_counterfactuals(question, Letters(), random.Random(seed))
+    return with_counterfactuals(question, random.Random(seed))
 
 
 def test_repeats_make_way_for_what_was_not_said():
@@ -120,9 +120,9 @@ def test_another_spelling_of_the_json_does_not_count_as_given():
     question = asked(*[say(asked(), 1).replace(" ", "")] * 3)
     group = completed(question)
     assert all(answer.strict for answer in question.parsed)
-    assert question.canonical(Letters()) == (False,) * 3
+    assert question.canonical() == (False,) * 3
     assert group.completions[0] == question.completions[0]
-    assert group.canonical(Letters()) == (False, True, True)
+    assert group.canonical() == (False, True, True)
 
 
 def test_what_the_policy_gave_is_remembered_as_often_as_it_gave_it():
