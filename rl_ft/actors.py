@@ -117,6 +117,8 @@ class GeneratorService:
         from rl_ft import parity
         from rl_ft.weights import fetch
 
+        if self._generator.version != new.version:
+            self.load(new)
         return parity.diagnose(
             self._generator,
             model_path,
@@ -147,16 +149,16 @@ class LearnerLink:
 
     WAIT_S = 600.0
 
-    def __init__(self, buffer: Any, max_logprob_diff: float) -> None:
+    def __init__(self, buffer: Any, gate: MismatchGate) -> None:
         self._buffer = buffer
-        self._gate = MismatchGate(max_logprob_diff)
+        self._gate = gate
 
-    def check(self, step: int, mismatch: float) -> None:
+    def check(self, step: int, mismatch: float, staleness: int) -> None:
         """The gate before every update; the loop finds the cause of a breach."""
         try:
-            self._gate.observe(step, mismatch)
-        except ParityError:
-            ray.get(self._buffer.refuse.remote(step, mismatch))
+            self._gate.observe(step, mismatch, staleness)
+        except ParityError as breach:
+            ray.get(self._buffer.refuse.remote(step, breach.detail))
             raise
 
     def fetch(self, step: int) -> tuple[RolloutGroup, ...]:

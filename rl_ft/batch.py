@@ -1,8 +1,10 @@
 """Scored groups to the tensors that TRL's GRPO objective reads.
 
 Prompts are padded on the left and completions on the right, each to the longest of the batch. The
-sampler's log-probs are the old policy: the ratio then corrects for staleness and for any mismatch
-between sampler and trainer at once. A row that nobody sampled has none, and was given 0 times.
+sampler's log-probs are the old policy: TRL's ratio is then that of the policy in training to
+whatever sampled, however old its weights, and TRL clips it. (TRL's `vllm_importance_sampling_*`
+options correct between a sampler and an old policy that is computed apart; they do nothing where
+TRL does not sample by itself.) A row that nobody sampled has none, and was given 0 times.
 """
 
 from __future__ import annotations

@@ -1,49 +1,65 @@
 """Where the loop and the learner meet: groups one way, weights and metrics the other.
 
-Every group carries the version it was sampled under, and a batch is admitted only for the step
-that follows that version: nothing stale is ever trained on. Plain asyncio; `rl_ft.actors` makes
-it a Ray actor. Every wait is bounded by the caller, who checks that the other side lives.
+Every group carries the version it was sampled under, and what is older than `rl_ft.admission`
+allows is never handed on. Groups are submitted, then in flight, and end as trained on, when the
+learner reports their step, or as dropped, when it begins again before that; every group is counted
+in exactly one of these. Plain asyncio; `rl_ft.actors` makes it a Ray actor. Every wait is bounded
+by the caller, who checks that the other side lives.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 
-from rl_ft.types import RolloutGroup, WeightsRef
+from rl_ft.admission import Admission
+from rl_ft.types import Publication, RolloutGroup, WeightsRef
 
 
 class StaleGroups(Exception):  # noqa: N818 - a rejected admission, not a fault
-    """Groups were offered for a step that they were not sampled for."""
+    """Groups were offered for a step that may not train on them."""
 
 
 class GroupBuffer:
-    """One step's groups at a time, and the latest weights and metrics."""
+    """The groups of the steps to come, the weights not yet seen, and the latest metrics."""
 
-    def __init__(self, *, max_staleness: int = 0) -> None:
-        self._max_staleness = max_staleness
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
         self._batches: dict[int, tuple[RolloutGroup, ...]] = {}
-        self._weights: WeightsRef | None = None
-        self._sequence = 0
+        self._num_submitted = self._num_trained = self._num_dropped = 0
+        self._publications: deque[Publication] = deque()
+        self._newest: Publication | None = None
+        self._began = 0
         self._metrics: list[tuple[int, dict[str, float]]] = []
         self._recorded: int | None = None
-        self._mismatch: tuple[int, float] | None = None
+        self._refused: tuple[int, str] | None = None
         self._changed = asyncio.Condition()
 
-    async def put_groups(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+    async def put_groups(self, step: int, groups: Sequence[RolloutGroup], *, under: int) -> None:
         """Admit the groups that optimiser step `step` (counted from 0) trains on.
+
+        They are dropped if the learner has begun again since publication number `under`, which
+        they were sampled under: it will make that version anew, and maybe otherwise.
 
         Raises:
             StaleGroups: a group's weights are older than the step allows.
         """
-        oldest = min((group.weights_version for group in groups), default=step)
-        if step - oldest > self._max_staleness:
-            raise StaleGroups(
-                f"step {step} may train on weights {step - self._max_staleness} or newer, "
-                f"got {oldest}"
-            )
         async with self._changed:
-            self._batches = {step: tuple(groups)}
+            if under < self._began:
+                self._num_submitted += len(groups)
+                self._num_dropped += len(groups)
+                return
+            for group in groups:
+                if not self._admission.admits(step, group.weights_version):
+                    raise StaleGroups(
+                        f"step {step} may train on weights "
+                        f"{self._admission.oldest_version(step)} to {step}, "
+                        f"got {group.weights_version}"
+                    )
+            assert step not in self._batches, f"step {step} has its groups already"
+            self._num_submitted += len(groups)
+            self._batches[step] = tuple(groups)
             self._changed.notify_all()
 
     async def get_groups(self, step: int, timeout_s: float) -> tuple[RolloutGroup, ...] | None:
@@ -51,37 +67,64 @@ class GroupBuffer:
         return await self._wait(lambda: self._batches.get(step), timeout_s)
 
     async def publish(self, weights: WeightsRef) -> None:
-        """A new version is ready for the sampler; also after a restart of the learner."""
+        """A new version is ready for the sampler; or the learner begins, or begins again.
+
+        A version that is not above the last one means the latter: what is in flight is dropped.
+        """
         async with self._changed:
-            self._weights = weights
-            self._sequence += 1
+            last = self._newest
+            begins = last is None or weights.version <= last.weights.version
+            number = 1 if last is None else last.number + 1
+            self._newest = Publication(number=number, weights=weights, begins=begins)
+            if begins:
+                self._began = number
+                self._publications.clear()
+                self._num_dropped += self._num_in_flight()
+                self._batches.clear()
+            self._publications.append(self._newest)
             self._changed.notify_all()
 
-    async def next_weights(self, after: int, timeout_s: float) -> tuple[int, WeightsRef] | None:
-        """The latest publication and its running number, once that is above `after`."""
-        return await self._wait(
-            lambda: (
-                (self._sequence, self._weights)
-                if self._weights and self._sequence > after
-                else None
-            ),
-            timeout_s,
-        )
+    async def next_weights(self, after: int, timeout_s: float) -> Publication | None:
+        """The publication that follows number `after`; None if it has not come in time.
+
+        One after the other, so that which version samples what depends on nobody's speed. Those of
+        a learner that is gone are left out.
+        """
+
+        def following() -> Publication | None:
+            while self._publications and self._publications[0].number <= after:
+                self._publications.popleft()
+            return self._publications[0] if self._publications else None
+
+        return await self._wait(following, timeout_s)
+
+    async def counts(self) -> dict[str, float]:
+        """Groups since the loop began; submitted = trained + dropped + in flight."""
+        return {
+            "buffer/submitted_groups": float(self._num_submitted),
+            "buffer/trained_groups": float(self._num_trained),
+            "buffer/dropped_groups": float(self._num_dropped),
+            "buffer/in_flight_groups": float(self._num_in_flight()),
+        }
+
+    def _num_in_flight(self) -> int:
+        return sum(map(len, self._batches.values()))
 
     async def report(self, step: int, values: dict[str, float]) -> None:
-        """The learner's metrics of a step."""
+        """The learner's metrics after `step` updates: it has trained on the groups of the last."""
         async with self._changed:
+            self._num_trained += len(self._batches.pop(step - 1, ()))
             self._metrics.append((step, values))
             self._recorded = None
             self._changed.notify_all()
 
-    async def refuse(self, step: int, mismatch: float) -> None:
-        """The learner will not update: trainer and sampler are `mismatch` nats apart."""
-        self._mismatch = (step, mismatch)
+    async def refuse(self, step: int, why: str) -> None:
+        """The learner will not make the update of `step`: trainer and sampler disagree."""
+        self._refused = (step, why)
 
-    async def refused(self) -> tuple[int, float] | None:
-        """The step and mismatch of a refused update, if there was one."""
-        return self._mismatch
+    async def refused(self) -> tuple[int, str] | None:
+        """The step of a refused update and why, if there was one."""
+        return self._refused
 
     async def take_metrics(self) -> list[tuple[int, dict[str, float]]]:
         """The learner's metrics since the last call."""

@@ -162,6 +162,10 @@ class RolloutConfig(Section):
     """A repeated answer makes way for a legal one that the policy did not give, so that phases
     which it would never try are learnt about too (`rl_ft.counterfactual`). Wants a
     `grpo.surprise_coef` above 0."""
+    max_staleness: int = Field(0, ge=0)
+    """Groups are collected up to so many steps ahead of the learner, by a policy so many versions
+    older: 0 takes turns, 1 overlaps rollout and training. Every `grpo.save_steps` steps they take
+    turns once in any case (`rl_ft.admission`)."""
     max_refills: int = Field(2, ge=0)
     """Further rounds that replace groups without variance."""
     episode_s: float = Field(1800.0, gt=0)
@@ -224,6 +228,9 @@ class ParityConfig(Section):
 
     max_logprob_diff: float = Field(1e-3, gt=0)
     """Largest mean absolute difference tolerated (float32: about 1e-6; bfloat16: use 5e-2)."""
+    max_stale_logprob_diff: float = Field(0.5, gt=0)
+    """The same where older weights sampled (`rollout.max_staleness`), so that the policy's own
+    movement is in it: how far the ratio may be asked to reach."""
     num_prompts: int = Field(8, gt=0)
 
 

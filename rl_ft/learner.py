@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import GRPOConfig
 
-    from rl_ft.trainer import Fetch, OnMetrics, PackedGRPOTrainer, Publish
+    from rl_ft.trainer import BeforeUpdate, Fetch, OnMetrics, PackedGRPOTrainer, Publish
 
 SHARED_WITH_TRL = (
     "max_steps",
@@ -66,7 +66,7 @@ class TrainConfig(TypedDict):
     fetch: Fetch
     publish: Publish
     on_metrics: OnMetrics
-    before_update: NotRequired[Callable[[int, float], None]]
+    before_update: NotRequired[BeforeUpdate]
     """Is shown each step's mean |trainer - sampler| before the update; raises to prevent it."""
     before_checkpoint: NotRequired[Callable[[int], None]]
     """Returns once the metrics up to the step are on disk: a checkpoint never outruns them."""
@@ -115,7 +115,7 @@ def build_trainer(
     on_metrics: OnMetrics,
     num_groups: int,
     on_checkpoint: Callable[[Path], None] | None = None,
-    before_update: Callable[[int, float], None] | None = None,
+    before_update: BeforeUpdate | None = None,
     before_checkpoint: Callable[[int], None] | None = None,
 ) -> PackedGRPOTrainer:
     """A trainer over `model`, which must hold the weights that training starts from.

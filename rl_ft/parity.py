@@ -2,8 +2,8 @@
 
 `check` proves at the start that weights arrive: it changes them visibly, samples, and compares the
 sampler's log-probs with a Hugging Face float32 forward of the same weights; then it restores them
-and compares again. `MismatchGate` watches the running difference. A breach is a ParityError that
-names its cause. Nothing is repaired here.
+and compares again. `MismatchGate` watches the running difference, exactly where trainer and sampler
+hold the same weights. A breach is a ParityError that names its cause. Nothing is repaired here.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ NO_OP_SYNC = "no-op sync"
 STALE_PREFIX_CACHE = "stale prefix cache"
 TIED_HEAD = "tied head not reloaded"
 WRONG_SCALE = "wrong scale"
+SAMPLER_IS_RIGHT = "the sampler is right"
+"""It said what the weights say that it was told to load: the trainer is where it should not be."""
 UNKNOWN = "unknown"
 
 PERTURBATIONS = (0.05, 0.1, 0.2, 0.4)
@@ -89,24 +91,41 @@ class ParityReport:
 class MismatchGate:
     """Watches the mean |trainer - sampler| log-prob of every step; one breach stops the run.
 
+    Where both hold the same weights, any difference is a fault. What older weights sampled differs
+    also because the policy has moved, for which the ratio corrects; under `stale_bound` that much
+    is believed. So a fault may hide in stale rows, but only up to the next step whose rows are not
+    stale, and `rl_ft.admission` makes sure that such steps come.
+
     Example:
-        gate = MismatchGate(config.parity.max_logprob_diff)
-        gate.observe(step, mean_abs_diff)
+        gate = MismatchGate(parity.max_logprob_diff, stale_bound=parity.max_stale_logprob_diff)
+        gate.observe(step, mean_abs_diff, staleness=1)
     """
 
-    def __init__(self, bound: float, *, diagnose: Callable[[], str] | None = None) -> None:
-        self._bound = bound
+    def __init__(
+        self,
+        bound: float,
+        *,
+        stale_bound: float = math.inf,
+        diagnose: Callable[[], str] | None = None,
+    ) -> None:
+        self._bound, self._stale_bound = bound, stale_bound
         self._diagnose = diagnose
 
-    def observe(self, step: int, mean_abs_diff: float) -> None:
-        """ParityError if the difference is beyond the bound or no number."""
-        if mean_abs_diff <= self._bound:
+    def observe(self, step: int, mean_abs_diff: float, staleness: int = 0) -> None:
+        """ParityError if the difference is beyond the bound or no number.
+
+        `staleness`: by how many versions the oldest rows are older than the trainer's weights.
+        """
+        bound = self._stale_bound if staleness else self._bound
+        if mean_abs_diff <= bound:
             return
         cause = self._diagnose() if self._diagnose else UNKNOWN
+        name = "max_stale_logprob_diff" if staleness else "max_logprob_diff"
         raise ParityError(
             cause,
             f"at step {step} trainer and sampler differ by {mean_abs_diff:.3g} nats per token on "
-            f"average, more than parity.max_logprob_diff = {self._bound:.3g}",
+            f"average, more than parity.{name} = {bound:.3g}, on rows that are {staleness} "
+            "version(s) old; nothing was updated",
         )
 
 
@@ -220,10 +239,12 @@ def diagnose(
     """Which weights explain what the sampler said after it was told to load `new` over `old`.
 
     Both are full state dicts; `model` lends its architecture. Names a cause only where the
-    explanation fits within the bound.
+    explanation fits within the bound. The generator was told to load nothing since.
     """
     if isinstance(model, (str, Path)):
         model = _load(model)
+    if _distance(model, new, sampled)[0] <= bound:
+        return SAMPLER_IS_RIGHT
     if _distance(model, old, sampled)[0] <= bound:
         return NO_OP_SYNC
     max_tokens = max(len(completion.token_ids) for _, completion in sampled)

@@ -2,13 +2,15 @@
 
     learner (Ray Train) --publish v--> buffer --v--> generator loads v
                                                         |
-    learner <--groups of step v-- buffer <--groups-- worlds + generator, at version v
-       |
-       +-- optimiser step v -> v + 1 -> publish
+    learner <--groups of step t-- buffer <--groups-- worlds + generator, at version v
+       |                                             for every step t that v admits
+       +-- optimiser step t -> version t + 1 -> publish
 
 Everybody waits for weights: a publication, be it the first one, the next one or that of a
-restarted learner, is what makes the loop collect the groups of step v. So a restart needs no code
-of its own. Nothing waits for ever: every wait looks whether the learner still lives.
+restarted learner, is what makes the loop collect the groups of the steps that it admits
+(`rl_ft.admission`): of step v alone, or of up to S later ones while the learner still trains. So a
+restart needs no code of its own. Nothing waits for ever: every wait looks whether the learner still
+lives.
 """
 
 from __future__ import annotations
@@ -23,17 +25,19 @@ from concurrent.futures import Future
 from typing import Any
 
 from envs.scenario import expand
+from rl_ft.admission import Admission, staleness
 from rl_ft.cluster import ray_session
 from rl_ft.config import Config
 from rl_ft.health import HealthMonitor
+from rl_ft.lineage import Lineage
 from rl_ft.monitor import LoadSampler, MetricLog
-from rl_ft.parity import UNKNOWN, ParityError
+from rl_ft.parity import UNKNOWN, MismatchGate, ParityError
 from rl_ft.recall import Recall
 from rl_ft.render import Renderer
 from rl_ft.rollout import Collected, Score, Tally, collect_groups, metrics
 from rl_ft.run_folder import RunFolder
 from rl_ft.snapshots import Snapshots
-from rl_ft.types import RolloutGroup, WeightsRef
+from rl_ft.types import Publication, RolloutGroup, WeightsRef
 from rl_ft.worlds import shares
 
 log = logging.getLogger(__name__)
@@ -86,15 +90,19 @@ class GrpoLoop:
         self._score = score
         self._quotas = shares(config.rollout.num_groups, len(worlds))
         self._recalls: list[Recall] = []
-        self._buffer = BufferActor.remote()
+        self._admission = Admission(
+            max_staleness=config.rollout.max_staleness,
+            fence_steps=config.grpo.save_steps,
+            num_steps=config.grpo.max_steps,
+        )
+        self._buffer = BufferActor.remote(self._admission)
         self._health = HealthMonitor(config)
         self._load = LoadSampler()
         self._renderer = Renderer(
             self._model_path, max_prompt_length=config.model.max_prompt_length
         )
         self._pending: dict[int, dict[str, float]] = {}
-        self._refs: list[WeightsRef] = []
-        self._groups: list[RolloutGroup] = []
+        self._lineage = Lineage(config.rollout.max_staleness)
         self.snapshots = Snapshots(folder.path(self._stage, "snapshots"))
         self._steps_start = time.perf_counter()
 
@@ -108,20 +116,24 @@ class GrpoLoop:
         """
         await self._check_parity()
         learner = self._start_learner()
-        sequence = 0
-        while (published := await self._next_weights(sequence, learner)) is not None:
-            sequence, ref = published
-            self._refs = [*self._refs[-1:], ref]
+        number = next_step = 0
+        while (published := await self._next_weights(number, learner)) is not None:
+            number, ref = published.number, published.weights
             started = time.perf_counter()
             await self._generator.load.remote(ref)
             sync_s = time.perf_counter() - started
+            self._lineage.load(ref)
             await self._take_metrics()
-            if len(self._refs) == 1 or ref.version <= self._refs[0].version:
+            if published.begins:
                 self._go_on_from(ref)
+                next_step = ref.version
             self._keep(ref)
             if ref.version >= self._config.grpo.max_steps:
                 break
-            await self._collect(ref.version, sync_s)
+            opened = self._admission.opened(next_step, ref.version)
+            for step in opened:
+                await self._collect(step, number, sync_s)
+            next_step = opened.stop
         await asyncio.wrap_future(learner)
         await self._take_metrics()
         self._save_model()
@@ -130,6 +142,7 @@ class GrpoLoop:
         """A learner has begun, or begun again: what comes after its checkpoint is made anew."""
         self._record.rewind(self._stage, ref.version)
         self.snapshots.rewind(ref.version)
+        self._pending.clear()
         steps = self._config.rollout.retell_after_steps
         self._recalls = [
             Recall(seed=self._config.seed * 1_000 + i, num_waiting=round(steps * quota))
@@ -143,8 +156,8 @@ class GrpoLoop:
             ref.digest[:12],
         )
 
-    async def _collect(self, step: int, sync_s: float) -> None:
-        """The groups of one step, admitted to the buffer."""
+    async def _collect(self, step: int, number: int, sync_s: float) -> None:
+        """The groups of one step, admitted to the buffer, under publication `number`."""
         from rl_ft.actors import RemoteGenerate, RemoteWorlds
 
         started = time.perf_counter()
@@ -170,48 +183,50 @@ class GrpoLoop:
         tally = Tally()
         for part in parts:
             tally.add(part.tally)
-        values = metrics(tally) | {
+        values = {
+            **metrics(tally),
+            **staleness(step, groups),
             "time/sync_s": sync_s,
             "time/rollout_s": time.perf_counter() - started,
         }
         self._health.observe(step, values)
         self._pending[step + 1] = values
         self._write_examples([example for part in parts for example in part.examples])
-        self._groups = groups
-        await self._buffer.put_groups.remote(step, groups)
+        self._lineage.sample(step, groups)
+        await self._buffer.put_groups.remote(step, groups, under=number)
 
-    async def _next_weights(
-        self, sequence: int, learner: Future[Any]
-    ) -> tuple[int, WeightsRef] | None:
+    async def _next_weights(self, after: int, learner: Future[Any]) -> Publication | None:
         """The next publication; None when the learner has ended without one."""
-        while True:
-            found = await self._buffer.next_weights.remote(sequence, POLL_S)
-            if found is not None:
-                return found
+        # Ray Train restarts a learner that refused, and a long rollout may have hidden both.
+        await self._raise_refusal()
+        while (found := await self._buffer.next_weights.remote(after, POLL_S)) is None:
             await self._take_metrics()
             await self._raise_refusal()
             if learner.done():
                 learner.result()
                 return None
+        return found
 
     async def _raise_refusal(self) -> None:
         """ParityError with its cause if the learner refused to update."""
         refused = await self._buffer.refused.remote()
         if refused is None:
             return
-        step, mismatch = refused
-        bound = self._config.parity.max_logprob_diff
+        await self._take_metrics()
+        step, why = refused
+        suspects = self._lineage.suspects(step)
         cause = UNKNOWN
-        if len(self._refs) > 1:
-            old, new = self._refs
+        for earlier in suspects.earlier:
             cause = await self._generator.diagnose.remote(
-                self._model_path, new, old, self._groups, bound
+                self._model_path,
+                suspects.claimed,
+                earlier,
+                suspects.groups,
+                self._config.parity.max_logprob_diff,
             )
-        raise ParityError(
-            cause,
-            f"at step {step} trainer and sampler differ by {mismatch:.3g} nats per token on "
-            f"average, more than parity.max_logprob_diff = {bound:g}; nothing was updated",
-        )
+            if cause != UNKNOWN:
+                break
+        raise ParityError(cause, why)
 
     async def _take_metrics(self) -> None:
         """Join the learner's metrics with the rollout's, record them, and look at the gates."""
@@ -221,6 +236,7 @@ class GrpoLoop:
                 **self._pending.pop(step, {}),
                 **learned,
                 **self._load.sample(),
+                **await self._buffer.counts.remote(),
                 "time/train_s": learned["learner/step_s"] - learned["learner/fetch_s"],
                 "time/step_s": now - self._steps_start,
             }
@@ -261,7 +277,9 @@ class GrpoLoop:
         from rl_ft.actors import LearnerLink
         from rl_ft.learner import TrainConfig, run_learner
 
-        link = LearnerLink(self._buffer, self._config.parity.max_logprob_diff)
+        parity = self._config.parity
+        gate = MismatchGate(parity.max_logprob_diff, stale_bound=parity.max_stale_logprob_diff)
+        link = LearnerLink(self._buffer, gate)
         train_config = TrainConfig(
             config=self._config.model_dump(mode="json"),
             model_path=self._model_path,

@@ -45,6 +45,8 @@ Fetch = Callable[[int], Sequence[RolloutGroup]]
 Publish = Callable[[dict[str, Tensor], int], None]
 """Takes the full state dict and its version; the tensors are live: copy them before returning."""
 OnMetrics = Callable[[int, dict[str, float]], None]
+BeforeUpdate = Callable[[int, float, int], None]
+"""Sees a step, its mean |trainer - sampler| and by how many versions its oldest rows are older."""
 
 MEAN_OVER_ROWS = frozenset({"grpo", "sapo", "dr_grpo", "luspo"})
 MEAN_OVER_TOKENS = frozenset({"bnpo"})
@@ -71,7 +73,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         publish: Publish,
         on_metrics: OnMetrics,
         on_checkpoint: Callable[[Path], None] | None = None,
-        before_update: Callable[[int, float], None] | None = None,
+        before_update: BeforeUpdate | None = None,
         before_checkpoint: Callable[[int], None] | None = None,
         surprise_coef: float = 0.0,
         peft_config: PeftConfig | None = None,
@@ -135,6 +137,7 @@ class PackedGRPOTrainer(GRPOTrainer):
             started = time.perf_counter()
             groups = self._fetch(self.state.global_step)
             self._sums.add_time("fetch", time.perf_counter() - started)
+            self._staleness = self.state.global_step - min(g.weights_version for g in groups)
             self._waiting = self._micro_batches(groups)
         inputs = self._waiting.pop(0)
         inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
@@ -266,9 +269,8 @@ class PackedGRPOTrainer(GRPOTrainer):
     def check_mismatch(self) -> None:
         """Show `before_update` the step's mean |trainer - sampler|; it raises to stop in time."""
         if self._before_update is not None:
-            self._before_update(
-                self.state.global_step, self._sums.mean_abs_logp_diff(self.accelerator)
-            )
+            mismatch = self._sums.mean_abs_logp_diff(self.accelerator)
+            self._before_update(self.state.global_step, mismatch, self._staleness)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """After every step: its metrics go to `on_metrics`, and nowhere else; then its weights.

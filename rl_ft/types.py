@@ -66,3 +66,19 @@ class WeightsRef:
     digest: str
     """Hash over names, shapes and bytes of all tensors: `rl_ft.weights.digest`."""
     payload: object
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Publication:
+    """A version as it was handed over; one version may be published more than once.
+
+    Example:
+        Publication(number=8, weights=WeightsRef(version=4, ...), begins=True)
+        # A learner that died after version 6 goes on from its checkpoint at 4.
+    """
+
+    number: int
+    """Counts publications, from 1."""
+    weights: WeightsRef
+    begins: bool
+    """A learner begins with it, or begins again: what was sampled before is trained on no more."""

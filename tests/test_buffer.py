@@ -1,4 +1,4 @@
-"""GroupBuffer: nothing stale is admitted, every wait ends, nothing is handed over twice."""
+"""GroupBuffer: nothing stale is admitted, every wait ends, every group is accounted for."""
 
 from __future__ import annotations
 
@@ -6,32 +6,21 @@ import asyncio
 import time
 
 import pytest
+from version_case import group, weights
 
+from rl_ft.admission import Admission
 from rl_ft.buffer import GroupBuffer, StaleGroups
-from rl_ft.types import Completion, RolloutGroup, WeightsRef
 
 
-def group(*versions: int) -> RolloutGroup:
-    """A group whose completions were sampled under these versions."""
-    return RolloutGroup(
-        group_id="g",
-        prompt_ids=(1,),
-        completions=tuple(
-            Completion(
-                token_ids=(1,), logprobs=(0.0,), text="", finish_reason="stop", weights_version=v
-            )
-            for v in versions
-        ),
-        rewards=(0.0,) * len(versions),
-        advantages=(0.0,) * len(versions),
-        valid=(True,) * len(versions),
-        canonical=(True,) * len(versions),
-        times_given=(1,) * len(versions),
-    )
+def new_buffer(max_staleness: int = 0) -> GroupBuffer:
+    """A buffer without fences."""
+    return GroupBuffer(Admission(max_staleness=max_staleness, fence_steps=100, num_steps=100))
 
 
-def weights(version: int) -> WeightsRef:
-    return WeightsRef(version=version, digest="", payload=None)
+def following(buffer: GroupBuffer, after: int) -> tuple[int, int, bool] | None:
+    """Number and version of the next publication, and whether a learner begins with it."""
+    found = asyncio.run(buffer.next_weights(after, 0.01))
+    return found and (found.number, found.weights.version, found.begins)
 
 
 @pytest.mark.parametrize(
@@ -46,14 +35,14 @@ def weights(version: int) -> WeightsRef:
 )
 def test_the_oldest_completion_decides_admission(max_staleness, step, versions, admitted):
     async def scene() -> None:
-        buffer = GroupBuffer(max_staleness=max_staleness)
+        buffer = new_buffer(max_staleness)
         groups = [group(v) for v in versions]
         if admitted:
-            await buffer.put_groups(step, groups)
+            await buffer.put_groups(step, groups, under=1)
             assert await buffer.get_groups(step, 0.01) == tuple(groups)
         else:
             with pytest.raises(StaleGroups, match=f"step {step}"):
-                await buffer.put_groups(step, groups)
+                await buffer.put_groups(step, groups, under=1)
             assert await buffer.get_groups(step, 0.01) is None
 
     asyncio.run(scene())
@@ -62,20 +51,20 @@ def test_the_oldest_completion_decides_admission(max_staleness, step, versions, 
 def test_one_old_completion_makes_its_group_old():
     async def scene() -> None:
         with pytest.raises(StaleGroups):
-            await GroupBuffer().put_groups(2, [group(2, 1)])
+            await new_buffer().put_groups(2, [group(2, 1)], under=1)
 
     asyncio.run(scene())
 
 
 def test_waits_end_with_their_timeout():
     async def scene() -> None:
-        buffer = GroupBuffer()
+        buffer = new_buffer()
         start = time.monotonic()
         assert await buffer.get_groups(0, 0.05) is None
         assert await buffer.next_weights(0, 0.05) is None
         assert 0.1 <= time.monotonic() - start < 5
         # Abandoned waits hold nothing: the next call goes through.
-        await buffer.put_groups(0, [group(0)])
+        await buffer.put_groups(0, [group(0)], under=1)
         assert await buffer.get_groups(0, 0.05) == (group(0),)
 
     asyncio.run(scene())
@@ -83,48 +72,90 @@ def test_waits_end_with_their_timeout():
 
 def test_a_waiting_learner_wakes_when_its_step_comes():
     async def scene() -> None:
-        buffer = GroupBuffer()
+        buffer = new_buffer()
         waiting = asyncio.create_task(buffer.get_groups(1, 10))
-        await buffer.put_groups(0, [group(0)])
+        await buffer.put_groups(0, [group(0)], under=1)
         await asyncio.sleep(0)
         assert not waiting.done()
-        await buffer.put_groups(1, [group(1)])
+        await buffer.put_groups(1, [group(1)], under=2)
         assert await waiting == (group(1),)
-        assert await buffer.get_groups(0, 0.01) is None
 
     asyncio.run(scene())
 
 
+def test_publications_come_one_by_one_however_late_they_are_asked_for():
+    buffer = new_buffer(max_staleness=2)
+    for version in (7, 8, 9):
+        asyncio.run(buffer.publish(weights(version)))
+    assert following(buffer, 0) == (1, 7, True)
+    assert following(buffer, 1) == (2, 8, False)
+    assert following(buffer, 2) == (3, 9, False)
+    assert following(buffer, 3) is None
+
+
 def test_weights_are_numbered_by_publication_not_by_version():
+    buffer = new_buffer()
+    asyncio.run(buffer.publish(weights(7)))
+    assert following(buffer, 0) == (1, 7, True)
+    # After a restart the learner publishes the version it resumed from, once more.
+    asyncio.run(buffer.publish(weights(7)))
+    assert following(buffer, 1) == (2, 7, True)
+
+
+def test_what_a_dead_learner_published_is_not_handed_out_after_its_successor_began():
+    buffer = new_buffer(max_staleness=2)
+    for version in (7, 8, 9, 8):
+        asyncio.run(buffer.publish(weights(version)))
+    assert following(buffer, 1) == (4, 8, True)
+
+
+def test_what_was_sampled_for_a_dead_learner_is_dropped_whenever_it_comes():
     async def scene() -> None:
-        buffer = GroupBuffer()
-        await buffer.publish(weights(7))
-        assert await buffer.next_weights(0, 1) == (1, weights(7))
-        assert await buffer.next_weights(1, 0.01) is None
-        # After a restart the learner publishes the version it resumed from, once more.
-        await buffer.publish(weights(7))
-        assert await buffer.next_weights(1, 1) == (2, weights(7))
-        await buffer.publish(weights(8))
-        await buffer.publish(weights(9))
-        assert await buffer.next_weights(2, 1) == (4, weights(9))
+        buffer = new_buffer(max_staleness=1)
+        await buffer.publish(weights(4))
+        await buffer.put_groups(4, [group(4), group(4)], under=1)
+        await buffer.publish(weights(4))
+        await buffer.put_groups(5, [group(4)], under=1)
+        assert await buffer.get_groups(4, 0.01) is None
+        assert await buffer.get_groups(5, 0.01) is None
+        assert (await buffer.counts())["buffer/dropped_groups"] == 3
+
+    asyncio.run(scene())
+
+
+def test_groups_are_in_flight_until_the_learner_reports_their_step():
+    async def scene() -> None:
+        buffer = new_buffer(max_staleness=1)
+        await buffer.publish(weights(0))
+        await buffer.put_groups(0, [group(0)], under=1)
+        await buffer.put_groups(1, [group(0), group(0)], under=1)
+        await buffer.get_groups(0, 1)
+        assert (await buffer.counts())["buffer/in_flight_groups"] == 3
+        await buffer.report(1, {})
+        assert await buffer.counts() == {
+            "buffer/submitted_groups": 3,
+            "buffer/trained_groups": 1,
+            "buffer/dropped_groups": 0,
+            "buffer/in_flight_groups": 2,
+        }
 
     asyncio.run(scene())
 
 
 def test_a_waiting_sampler_wakes_when_weights_come():
     async def scene() -> None:
-        buffer = GroupBuffer()
+        buffer = new_buffer()
         waiting = asyncio.create_task(buffer.next_weights(0, 10))
         await asyncio.sleep(0)
         await buffer.publish(weights(1))
-        assert await waiting == (1, weights(1))
+        assert (await waiting).weights == weights(1)
 
     asyncio.run(scene())
 
 
 def test_metrics_are_handed_over_once():
     async def scene() -> None:
-        buffer = GroupBuffer()
+        buffer = new_buffer()
         await buffer.report(0, {"loss": 1.0})
         await buffer.report(1, {"loss": 0.5})
         assert await buffer.take_metrics() == [(0, {"loss": 1.0}), (1, {"loss": 0.5})]
@@ -135,7 +166,7 @@ def test_metrics_are_handed_over_once():
 
 def test_a_step_counts_as_recorded_once_it_is_confirmed():
     async def scene() -> None:
-        buffer = GroupBuffer()
+        buffer = new_buffer()
         await buffer.report(1, {"loss": 1.0})
         assert not await buffer.recorded(1, 0.01)
         waiting = asyncio.create_task(buffer.recorded(1, 10))

@@ -11,7 +11,15 @@ import torch
 
 from rl_ft.config import Config, TinyModelConfig
 from rl_ft.generation import Generator
-from rl_ft.parity import MismatchGate, ParityError, check, diagnose, mean_abs_diff, score
+from rl_ft.parity import (
+    SAMPLER_IS_RIGHT,
+    MismatchGate,
+    ParityError,
+    check,
+    diagnose,
+    mean_abs_diff,
+    score,
+)
 from rl_ft.tiny import build_tiny
 
 CONFIG = Config.model_validate(
@@ -173,6 +181,30 @@ def test_the_running_gate_lets_small_differences_pass_and_stops_at_the_bound():
     with pytest.raises(ParityError, match=r"at step 2 .* differ by 0\.002") as caught:
         gate.observe(2, 2e-3)
     assert caught.value.cause == "unknown"
+
+
+def test_stale_rows_may_differ_as_far_as_the_policy_may_move():
+    gate = MismatchGate(1e-3, stale_bound=0.5)
+    gate.observe(1, 0.5, staleness=1)
+    with pytest.raises(ParityError, match=r"max_stale_logprob_diff = 0\.5, on rows that are 2"):
+        gate.observe(2, 0.6, staleness=2)
+
+
+def test_rows_of_the_trainers_own_weights_are_held_to_the_exact_bound_whatever_stale_ones_are():
+    with pytest.raises(ParityError, match=r"parity\.max_logprob_diff"):
+        MismatchGate(1e-3, stale_bound=0.5).observe(1, 2e-3, staleness=0)
+
+
+@pytest.mark.vllm
+def test_a_sampler_that_said_what_its_weights_say_is_not_blamed(
+    generator, weights, folder, prompts
+):
+    """Stale rows that the policy has left behind."""
+    moved = _trained(folder, weights).state_dict()
+    answers = generator.generate(prompts, num_samples=1, max_tokens=4)
+    sampled = [(p, c) for p, [c] in zip(prompts, answers, strict=True)]
+    cause = diagnose(generator, folder, new=weights, old=moved, sampled=sampled, bound=BOUND)
+    assert cause == SAMPLER_IS_RIGHT
 
 
 def test_a_difference_that_is_no_number_is_a_breach():

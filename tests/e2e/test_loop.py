@@ -176,6 +176,58 @@ def test_a_killed_world_is_never_scored(still):
         assert round(groups + failed) % 2 == 0
 
 
+# ---- one step ahead, and a learner that dies
+
+# A fence at step 3: its checkpoint is what the learner goes on from.
+AHEAD = ("rollout.max_staleness=1", "grpo.max_steps=6", "grpo.save_steps=3")
+AHEAD_VERSIONS = (0, 0, 1, 3, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def ahead(prepared, generator, tmp_path_factory):
+    """Rollout and training overlap; the learner's process is killed behind the fence."""
+
+    def kill_the_learner(root, _):
+        wait_for(lambda: num_logged(root) >= 4)
+        [pid] = train_worker_pids()
+        os.kill(pid, signal.SIGKILL)
+
+    return run_loop(
+        prepared,
+        tmp_path_factory.mktemp("ahead") / "run",
+        generator,
+        *AHEAD,
+        "grpo.learning_rate=0.002",
+        meanwhile=kill_the_learner,
+    )
+
+
+def test_a_loop_that_runs_ahead_reaches_its_last_step_though_its_learner_died(ahead):
+    assert ahead.error is None
+    assert ahead.step_numbers == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_step_is_sampled_by_the_version_that_admission_names(ahead):
+    staleness = [step - version for step, version in enumerate(AHEAD_VERSIONS)]
+    assert ahead.values("staleness/max") == ahead.values("staleness/mean") == staleness
+
+
+def test_trainer_and_sampler_agree_exactly_where_nothing_is_stale(ahead):
+    mismatch = ahead.values("mismatch/mean_abs_logp_diff")
+    fresh = {i for i, version in enumerate(AHEAD_VERSIONS) if version == i}
+    assert {i for i, difference in enumerate(mismatch) if difference < 1e-4} == fresh
+
+
+def test_what_was_on_its_way_to_a_killed_learner_is_dropped_and_nothing_else(ahead):
+    [*_, last] = ahead.steps
+    submitted, trained, dropped, in_flight = (
+        last["values"][f"buffer/{what}_groups"]
+        for what in ("submitted", "trained", "dropped", "in_flight")
+    )
+    assert submitted == trained + dropped + in_flight
+    assert (dropped > 0, in_flight) == (True, 0)
+
+
 # ---- something to learn, and a learner that dies
 
 
@@ -242,6 +294,23 @@ def unsynced(prepared, generator, tmp_path_factory):
         return run_loop(prepared, tmp_path_factory.mktemp("gate") / "run", generator, *SHORT)
     finally:
         ray.get(generator.break_after.remote(None))
+
+
+@pytest.fixture(scope="module")
+def unsynced_ahead(prepared, generator, tmp_path_factory):
+    """The same while rollout and training overlap, where stale rows hide it up to the fence."""
+
+    ray.get(generator.break_after.remote(0))
+    try:
+        return run_loop(prepared, tmp_path_factory.mktemp("fence") / "run", generator, *AHEAD)
+    finally:
+        ray.get(generator.break_after.remote(None))
+
+
+def test_a_sync_that_does_nothing_stops_an_overlapping_run_at_the_next_fence(unsynced_ahead):
+    assert isinstance(unsynced_ahead.error, ParityError)
+    assert unsynced_ahead.error.cause == NO_OP_SYNC
+    assert unsynced_ahead.step_numbers == [1, 2, 3]
 
 
 def test_a_sync_that_does_nothing_stops_the_run_within_one_step(unsynced):
