@@ -108,9 +108,12 @@ def packed(folder, groups, tmp_path, **grpo):
     return logged.get("loss"), gradients.vector, logged
 
 
-def own_logps(folder, group):
-    """What the model thinks of each completion of a group, token by token."""
+def own_logps(folder, group, weights=None):
+    """What the model, with other weights if any are given, thinks of each completion of a group,
+    token by token."""
     model, _ = load_model(folder, config())
+    if weights is not None:
+        model.load_state_dict(weights)
     found = []
     for answer in group.completions:
         ids = torch.tensor([group.prompt_ids + answer.token_ids])
@@ -240,6 +243,55 @@ def test_what_nobody_sampled_is_trained_on_as_if_the_policy_had_said_it(folder, 
     theirs = packed(folder, [said, *others], tmp_path)
     assert_same(ours, theirs)
     assert ours[2]["num_tokens"] == theirs[2]["num_tokens"]
+
+
+@pytest.fixture(scope="module")
+def stale(folder, tmp_path_factory):
+    """Two updates on what the first weights sampled, nothing clipped: the metrics of the second,
+    what the gate was shown, the groups, and the weights that the second update began with."""
+    groups = near_the_policy(folder, ragged_groups(), spread=0)
+    conf = config(max_steps=2, learning_rate=1e-2, epsilon=1.0, epsilon_high=100.0)
+    model, tokenizer = load_model(folder, conf)
+    published, logged, shown = {}, {}, []
+
+    def publish(state_dict, version):
+        published[version] = {name: tensor.clone() for name, tensor in state_dict.items()}
+
+    trainer = build_trainer(
+        model=model,
+        tokenizer=tokenizer,
+        config=conf,
+        output_dir=tmp_path_factory.mktemp("stale"),
+        fetch=lambda _: groups,
+        publish=publish,
+        on_metrics=logged.__setitem__,
+        before_update=lambda *seen: shown.append(seen),
+        num_groups=len(groups),
+    )
+    trainer.args.save_strategy = SaveStrategy.NO
+    trainer.train()
+    return logged[2], shown, groups, published[1]
+
+
+def test_a_stale_row_weighs_by_how_much_likelier_it_has_become(folder, stale):
+    metrics, _, groups, weights = stale
+    losses, advantages = [], []
+    for group in groups:
+        now = own_logps(folder, group, weights)
+        for answer, logps, advantage in zip(group.completions, now, group.advantages, strict=True):
+            ratio = (logps - torch.tensor(answer.logprobs)).exp()
+            losses += (-ratio * advantage).tolist()
+            advantages += [advantage] * len(logps)
+    loss = sum(losses) / len(losses)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
+    # What a ratio of 1 would have given.
+    assert abs(metrics["loss"] + sum(advantages) / len(advantages)) > 0.01
+
+
+def test_the_gate_is_told_how_old_the_rows_are(stale):
+    _, shown, *_ = stale
+    assert [(step, staleness) for step, _, staleness in shown] == [(0, 0), (1, 1)]
+    assert shown[0][1] < 1e-5 < 1e-3 < shown[1][1]
 
 
 def test_surprise_is_earned_on_what_the_model_thinks_of_an_answer(folder, masked_groups, tmp_path):
