@@ -53,6 +53,7 @@ def run(tmp_path) -> Path:
             "time/train_s": 0.5,
             "learner/backward_s": 0.2,
             "system/cpu_share": 0.7,
+            "staleness/max": 0.0,
             "grad_norm": None,
         }
         lines.append({"stage": "grpo/max_pressure", "step": step, "time_s": step, "values": values})
@@ -96,3 +97,31 @@ def test_step_wants_a_run_that_has_trained(tmp_path):
     done = bench("step.py", "--run", str(tmp_path))
     assert done.returncode == 1
     assert "expected a run folder" in done.stderr
+
+
+def test_overlap_compares_steps_per_second_and_says_how_much_was_hidden(run, tmp_path_factory):
+    """The other run is the same but for steps that are half as long and one version late."""
+    ahead = tmp_path_factory.mktemp("ahead")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["stage"].startswith("grpo"):
+            line["values"] |= {
+                "time/step_s": line["values"]["time/step_s"] / 2,
+                "time/train_s": 1.0,
+                "staleness/max": 1.0,
+            }
+    (ahead / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = bench("overlap.py", "--runs", str(run), str(ahead))
+    assert not done.returncode, done.stderr
+    rows = [re.split("│", line)[1:-1] for line in done.stdout.splitlines() if "│" in line]
+    in_turns, overlapping = [[cell.strip() for cell in row] for row in rows]
+    assert in_turns == ["0", "0.333", "1.00", "3.00", "1.50", "0.50", "0%", "30%"]
+    assert overlapping == ["1", "0.667", "2.00", "1.50", "1.50", "1.00", "100%", "30%"]
+
+
+def test_overlap_wants_more_than_a_step_that_warms_up(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    done = bench("overlap.py", "--runs", str(run))
+    assert done.returncode == 1
+    assert "expected at least two steps" in done.stderr

@@ -63,12 +63,12 @@ def main() -> None:
 def show(root: Path) -> None:
     """Print the tables of a run folder."""
     console = Console(width=100)
-    for stage in _trained(root):
+    for stage in trained(root):
         steps = [line["values"] for line in read_metrics(root, stage)]
         console.print(_table(stage, steps[1:] or steps))
 
 
-def _trained(root: Path) -> list[str]:
+def trained(root: Path) -> list[str]:
     """The stages of the run that are GRPO, in order."""
     file = root / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
