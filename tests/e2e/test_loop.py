@@ -188,7 +188,8 @@ def ahead(prepared, generator, tmp_path_factory):
     """Rollout and training overlap; the learner's process is killed behind the fence."""
 
     def kill_the_learner(root, _):
-        wait_for(lambda: num_logged(root) >= 4)
+        # Starting a learner takes minutes on a machine that is busy otherwise.
+        wait_for(lambda: num_logged(root) >= 4, timeout_s=300)
         [pid] = train_worker_pids()
         os.kill(pid, signal.SIGKILL)
 
