@@ -230,7 +230,7 @@ class ParityConfig(Section):
     """Largest mean absolute difference tolerated (float32: about 1e-6; bfloat16: use 5e-2)."""
     max_stale_logprob_diff: float = Field(0.5, gt=0)
     """The same where older weights sampled (`rollout.max_staleness`), so that the policy's own
-    movement is in it: how far the ratio may be asked to reach."""
+    movement is in it: beyond this most ratios are clipped, and the rest mislead."""
     num_prompts: int = Field(8, gt=0)
 
 
