@@ -201,7 +201,7 @@ def check_curve(series: Mapping[str, Sequence[Checked]], *, reference_s: float, 
     """
     flowing = [c.delay_s for points in series.values() for c in points if not c.gridlocks]
     top = 1.25 * max([reference_s, *flowing])
-    figure, axes = _figure(1.75, width=3.6)
+    figure, axes = _figure(2.3, width=5.2)
     axes.axhline(reference_s, color=colour("max_pressure"), lw=1.4, ls="--")
     for policy, points in series.items():
         hue = colour(policy)
