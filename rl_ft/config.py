@@ -203,7 +203,8 @@ class GrpoConfig(Section):
     save_steps: int = Field(10, gt=0)
     average_from: float = Field(0.8, ge=0, le=1)
     """The model that is left is the mean of the weights at every `save_steps` steps from this share
-    of the steps on, each on disk as a whole until the stage is done; 1: the last weights alone."""
+    of the steps on, each on disk as a whole until the stage is done; 1: the last weights alone.
+    Where the best version that was checked (`check`) drives better, that one is left."""
     min_entropy: float = Field(0.001, ge=0)
     """Entropy guard: below it for `patience` steps the run stops with the cause."""
     patience: int = Field(20, gt=0)

@@ -7,6 +7,7 @@ the live ones. Nothing here is a record; that is `rl_ft.monitor`'s.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -161,6 +162,8 @@ class _Screen:
                     console=console(),
                     get_renderable=self._table,
                     refresh_per_second=4,
+                    # What is piped elsewhere must not turn up on the terminal.
+                    redirect_stdout=sys.stdout.isatty(),
                     transient=True,
                 )
                 self._live.start()

@@ -164,15 +164,18 @@ with run_log(Path(sys.argv[1])):
             with Progress("check", total=4, unit="episodes") as check:
                 check.add(2)
                 time.sleep(0.4)
+        print("a result")
 """
 
 
 @pytest.fixture(scope="module")
-def screen(tmp_path_factory) -> list[str]:
-    """What a terminal of 120 columns received, split where its cursor moves."""
+def shown(tmp_path_factory) -> tuple[list[str], str]:
+    """What a terminal of 120 columns received, split where its cursor moves; what was printed."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", ON_A_TERMINAL, str(tmp_path_factory.mktemp("run") / "run.log")],
+        stdout=subprocess.PIPE,
+        text=True,
         stderr=theirs,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
     )
@@ -186,9 +189,20 @@ def screen(tmp_path_factory) -> list[str]:
         if not part:
             break
         received += part
-    assert process.wait() == 0
+    printed, _ = process.communicate()
+    assert process.returncode == 0
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\x00", received.decode())
-    return [line.strip() for line in re.split(r"[\r\n]+", plain.replace("\x00", ""))]
+    lines = re.split(r"[\r\n]+", plain.replace("\x00", ""))
+    return [line.strip() for line in lines], printed
+
+
+@pytest.fixture
+def screen(shown) -> list[str]:
+    return shown[0]
+
+
+def test_standard_output_goes_where_it_was_sent(shown):
+    assert shown[1] == "a result\n"
 
 
 def test_on_a_terminal_every_log_line_is_whole(screen):
