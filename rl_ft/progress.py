@@ -131,8 +131,11 @@ class Progress:
         while not self._ended.wait(POLL_INTERVAL_S):
             if self._poll is not None:
                 self._poll(self)
-            is_silent = self._clock() - self._said > LOG_INTERVAL_S
-            if is_silent and not console().is_interactive and _screen.shows(self):
+            if console().is_interactive:
+                continue
+            if not _screen.shows(self):
+                self._said = self._clock()
+            elif self._clock() - self._said > LOG_INTERVAL_S:
                 self.say()
 
 

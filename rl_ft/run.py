@@ -308,7 +308,7 @@ class GrpoLoop:
             file.write_text(json.dumps(telling, indent=1), encoding="utf-8")
 
     async def _is_last(self, ref: WeightsRef) -> bool:
-        """Check what the sampler holds now, and keep what the final model is the mean of."""
+        """Check what the sampler holds, keep what the final model is the mean of; is it enough?"""
         import ray
 
         from rl_ft.learner import latest_step
