@@ -14,6 +14,9 @@ from typing import Any
 
 import ray
 
+from envs import dialect
+from envs.types import Decision
+from rl_ft.asking import Render
 from rl_ft.buffer import GroupBuffer
 from rl_ft.config import Config
 from rl_ft.parity import MismatchGate, ParityError
@@ -62,6 +65,28 @@ class RemoteGenerate:
             seed=seed if self._seeded else None,
             greedy=[tuple(prompt) for prompt in greedy],
         )
+
+
+class RemoteAsk:
+    """`rl_ft.closed_loop.Ask` over the generator actor: its most likely answers, in one batch."""
+
+    def __init__(self, actor: Any, render: Render, config: Config) -> None:
+        self._actor, self._render = actor, render
+        self._instructions = config.model.instructions
+        self._max_tokens = config.grpo.max_completion_length
+
+    def __call__(self, decisions: Sequence[Decision]) -> list[Completion]:
+        """Waits for the answers."""
+        if not decisions:
+            return []
+        prompts = [
+            self._render.prompt_ids(dialect.messages(d, instructions=self._instructions))
+            for d in decisions
+        ]
+        answers = self._actor.generate.remote(
+            prompts, num_samples=1, temperature=0.0, max_tokens=self._max_tokens
+        )
+        return [completions[0] for completions in ray.get(answers)]
 
 
 class GeneratorService:
@@ -147,7 +172,8 @@ class LearnerLink:
     `fetch` waits for groups, but never for a driver that is gone.
     """
 
-    WAIT_S = 600.0
+    WAIT_S = 3600.0
+    """Before a step's groups there may be a check in the closed loop."""
 
     def __init__(self, buffer: Any, gate: MismatchGate) -> None:
         self._buffer = buffer
@@ -162,7 +188,11 @@ class LearnerLink:
             raise
 
     def fetch(self, step: int) -> tuple[RolloutGroup, ...]:
-        """The groups of an optimiser step."""
+        """The groups of an optimiser step.
+
+        Raises:
+            TrainingEnded: there is to be no such step.
+        """
         groups = ray.get(self._buffer.get_groups.remote(step, self.WAIT_S))
         if groups is None:
             raise TimeoutError(f"no groups for step {step} within {self.WAIT_S:g} s")

@@ -21,6 +21,10 @@ class StaleGroups(Exception):  # noqa: N818 - a rejected admission, not a fault
     """Groups were offered for a step that may not train on them."""
 
 
+class TrainingEnded(Exception):  # noqa: N818 - a wish, not a fault
+    """The loop wants no further optimiser step."""
+
+
 class GroupBuffer:
     """The groups of the steps to come, the weights not yet seen, and the latest metrics."""
 
@@ -34,6 +38,7 @@ class GroupBuffer:
         self._metrics: list[tuple[int, dict[str, float]]] = []
         self._recorded: int | None = None
         self._refused: tuple[int, str] | None = None
+        self._ended = False
         self._changed = asyncio.Condition()
 
     async def put_groups(self, step: int, groups: Sequence[RolloutGroup], *, under: int) -> None:
@@ -63,8 +68,24 @@ class GroupBuffer:
             self._changed.notify_all()
 
     async def get_groups(self, step: int, timeout_s: float) -> tuple[RolloutGroup, ...] | None:
-        """The groups of a step; None if they have not come in time."""
-        return await self._wait(lambda: self._batches.get(step), timeout_s)
+        """The groups of a step; None if they have not come in time.
+
+        Raises:
+            TrainingEnded: they will not come.
+        """
+
+        def ready() -> tuple[RolloutGroup, ...] | None:
+            if self._ended and step not in self._batches:
+                raise TrainingEnded(f"step {step} is not wanted")
+            return self._batches.get(step)
+
+        return await self._wait(ready, timeout_s)
+
+    async def end(self) -> None:
+        """No step is wanted beyond those whose groups are here."""
+        async with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
     async def publish(self, weights: WeightsRef) -> None:
         """A new version is ready for the sampler; or the learner begins, or begins again.

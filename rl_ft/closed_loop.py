@@ -6,15 +6,16 @@ time. Worlds run in threads of this process, whose work happens in their child p
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from envs import dialect
 from envs.controllers import CONTROLLERS, PROGRAMS
 from envs.scenario import load_scenario
-from envs.types import Decision, TripStats
+from envs.types import Decision, Scenario, TripStats
 from envs.world import World
 from rl_ft.config import Config
 from rl_ft.types import Completion
@@ -22,8 +23,13 @@ from rl_ft.types import Completion
 Ask = Callable[[list[Decision]], list[Completion]]
 """The model's answer to each decision."""
 
+OnPlayed = Callable[[float], None]
+"""Is told each share of an episode once it is played, from any thread; may raise to end it all."""
+
 WORLD_TIMEOUT_S = 1800.0
-"""A lookahead episode of a large network runs in one call."""
+"""Lookahead drives `SLICE_S` of a large network in one call."""
+SLICE_S = 60.0
+"""Simulated time between two reports of a controller's episode."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +38,13 @@ class Job:
 
     scenario: str
     seed: int
+    max_s: float = math.inf
+    """Cut the scenario's window to this much traffic."""
+
+    def load(self) -> Scenario:
+        """The scenario, cut."""
+        scenario = load_scenario(self.scenario)
+        return replace(scenario, end_s=min(scenario.end_s, scenario.begin_s + self.max_s))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,14 +60,21 @@ class Episode:
     fallbacks: int = 0
 
 
-def play_controller(name: str, jobs: Sequence[Job], config: Config) -> Iterator[Episode]:
+def play_controller(
+    name: str, jobs: Sequence[Job], config: Config, *, on_played: OnPlayed
+) -> Iterator[Episode]:
     """Episodes of a classical controller, in the jobs' order."""
 
     def play(job: Job) -> Episode:
-        scenario = load_scenario(job.scenario)
+        scenario = job.load()
         with World(timeout_s=WORLD_TIMEOUT_S) as world:
             world.reset(scenario, job.seed, program=name if name in PROGRAMS else None)
-            world.drive(name, scenario.end_s, horizon_s=config.evaluate.lookahead_horizon_s)
+            time_s = scenario.begin_s
+            while time_s < scenario.end_s:
+                until_s = min(time_s + SLICE_S, scenario.end_s)
+                world.drive(name, until_s, horizon_s=config.evaluate.lookahead_horizon_s)
+                on_played((until_s - time_s) / (scenario.end_s - scenario.begin_s))
+                time_s = until_s
             return Episode(policy=name, job=job, trips=world.trips())
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -68,7 +88,7 @@ class _Seat:
         self.job = job
         self._policy, self._config = policy, config
         self._world = World(timeout_s=WORLD_TIMEOUT_S)
-        self._scenario = load_scenario(job.scenario)
+        self._scenario = job.load()
         self._counts = {"decisions": 0, "invalid_answers": 0, "partial_answers": 0, "fallbacks": 0}
         self.decisions: tuple[Decision, ...] = ()
         self.episode: Episode | None = None
@@ -77,20 +97,25 @@ class _Seat:
         self._world.reset(self._scenario, self.job.seed)
         self.decisions = self._world.decisions()
 
-    def advance(self, answers: Sequence[str | None]) -> None:
-        """Act on the answers to `decisions` (None where there was no choice)."""
+    def advance(self, answers: Sequence[str | None]) -> float:
+        """Act on the answers to `decisions` (None where there was no choice).
+
+        Returns the share of the episode that this was.
+        """
         chosen = [self._phase(d, a) for d, a in zip(self.decisions, answers, strict=True)]
         self._world.step(
             {d.junction.tls_id: phase for d, phase in zip(self.decisions, chosen, strict=True)}
         )
+        left_s = self._scenario.end_s - self.decisions[0].observation.time_s
         interval_s = self._scenario.timing.decision_interval_s
-        if self.decisions[0].observation.time_s + interval_s >= self._scenario.end_s:
+        if interval_s >= left_s:
             self.episode = Episode(
                 policy=self._policy, job=self.job, trips=self._world.trips(), **self._counts
             )
             self._world.close()
         else:
             self.decisions = self._world.decisions()
+        return min(interval_s, left_s) / (self._scenario.end_s - self._scenario.begin_s)
 
     def _phase(self, decision: Decision, answer: str | None) -> int:
         if answer is None:
@@ -108,8 +133,16 @@ class _Seat:
         self._world.close()
 
 
-def play_model(policy: str, ask: Ask, jobs: Iterable[Job], config: Config) -> Iterator[Episode]:
-    """Episodes of a model, in the order in which they end.
+def play_model(
+    policy: str,
+    ask: Ask,
+    jobs: Iterable[Job],
+    config: Config,
+    *,
+    num_worlds: int,
+    on_played: OnPlayed,
+) -> Iterator[Episode]:
+    """Episodes of a model, in the order in which they end; `num_worlds` at most side by side.
 
     An invalid answer is counted and replaced by the fallback controller's choice.
     """
@@ -119,12 +152,12 @@ def play_model(policy: str, ask: Ask, jobs: Iterable[Job], config: Config) -> It
         try:
             while waiting or seats:
                 fresh = []
-                while waiting and len(seats) < config.evaluate.num_worlds:
+                while waiting and len(seats) < num_worlds:
                     fresh.append(_Seat(policy, waiting.pop(), config))
                     seats.append(fresh[-1])
                 list(pool.map(_Seat.start, fresh))
                 answers = _answers(seats, ask)
-                list(pool.map(_Seat.advance, seats, answers))
+                on_played(sum(pool.map(_Seat.advance, seats, answers)))
                 yield from (seat.episode for seat in seats if seat.episode)
                 seats = [seat for seat in seats if not seat.episode]
         finally:

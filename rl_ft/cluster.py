@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rl_ft.config import Config
+from rl_ft.progress import Progress
 
 OBJECT_STORE_BYTES = 2**30
 """Of a private cluster: groups and weights of a laptop's run are far smaller."""
@@ -29,14 +30,15 @@ def ray_session(config: Config) -> Iterator[None]:
         # Nobody collects a private cluster's metrics, and the thread that exports them can crash
         # its process (Ray 2.60: a segmentation fault in TemporalMetricStorage::buildMetrics).
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
-        ray.init(
-            address="local",
-            num_cpus=settings.num_cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            configure_logging=False,
-        )
+        with Progress("starting Ray"):
+            ray.init(
+                address="local",
+                num_cpus=settings.num_cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                configure_logging=False,
+            )
     else:
         ray.init(address=settings.address, log_to_driver=False, configure_logging=False)
     try:

@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from envs.scenario import expand
+
 Teacher = Literal["max_pressure", "lookahead"]
 Controller = Literal["fixed", "actuated", "max_pressure", "max_wave", "random", "lookahead"]
 
@@ -205,7 +207,8 @@ class GrpoConfig(Section):
     save_steps: int = Field(10, gt=0)
     average_from: float = Field(0.8, ge=0, le=1)
     """The model that is left is the mean of the weights at every `save_steps` steps from this share
-    of the steps on, each on disk as a whole until the stage is done; 1: the last weights alone."""
+    of the steps on, each on disk as a whole until the stage is done; 1: the last weights alone.
+    Where the best version that was checked (`check`) drives better, that one is left."""
     min_entropy: float = Field(0.001, ge=0)
     """Entropy guard: below it for `patience` steps the run stops with the cause."""
     patience: int = Field(20, gt=0)
@@ -242,6 +245,28 @@ class HealthConfig(Section):
     max_zero_variance_share: float = Field(0.98, ge=0, le=1)
     patience: int = Field(5, gt=0)
     """Consecutive steps beyond a budget before the run stops."""
+
+
+class CheckConfig(Section):
+    """The closed loop now and then while GRPO trains: which weights are left, when to stop.
+
+    More episodes tell smaller differences apart and cost more; a gridlock is worse than any delay.
+    """
+
+    every_steps: int = Field(0, ge=0)
+    """Steps from one check to the next, the start being the first; 0: no checks."""
+    scenarios: tuple[str, ...] = Field(("generated:901-904",), min_length=1)
+    """None of those that the run is judged on: these choose the model."""
+    seeds: int = Field(1, gt=0)
+    """Simulation seeds 1..n on each, the same in every check."""
+    episode_s: float = Field(3600.0, gt=0)
+    """Traffic per episode; a scenario that is shorter is played to its end."""
+    min_improvement_s: float = Field(0.1, ge=0)
+    """Less delay by no more than this counts as equally good."""
+    patience: int = Field(0, ge=0)
+    """Checks without an improvement after which training ends; 0: it goes on to the last step."""
+    num_worlds: int = Field(8, gt=0)
+    """Episodes that run side by side, about 120 MB each."""
 
 
 class EvaluateConfig(Section):
@@ -289,6 +314,7 @@ class Config(Section):
     generation: GenerationConfig = GenerationConfig()
     parity: ParityConfig = ParityConfig()
     health: HealthConfig = HealthConfig()
+    check: CheckConfig = CheckConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     ray: RayConfig = RayConfig()
 
@@ -299,6 +325,17 @@ class Config(Section):
                 f"grpo.beta is {self.grpo.beta:g}, but TRL estimates the KL term from answers that "
                 "the policy gave: set rollout.counterfactuals to false as well"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _judged_on_what_chose_nothing(self) -> Config:
+        if self.check.every_steps:
+            shared = set(expand(self.check.scenarios)) & set(expand(self.scenarios.held_out))
+            if shared:
+                raise ValueError(
+                    f"check.scenarios and scenarios.held_out share {', '.join(sorted(shared))}: "
+                    "checks choose the model, so what it is judged on must be something else"
+                )
         return self
 
     @model_validator(mode="after")

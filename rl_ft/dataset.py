@@ -89,7 +89,8 @@ def collect_states(config: Config) -> list[list[Row]]:
     jobs = [(scenarios[i % len(scenarios)], config.seed * 100_003 + i) for i in range(num_episodes)]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         episodes = pool.map(lambda job: _episode_states(config, *job), jobs)
-        states = [state for part in track(episodes, "decision states", len(jobs)) for state in part]
+        shown = track(episodes, "decision states", total=len(jobs), unit="episodes")
+        states = [state for part in shown for state in part]
     if len(states) < wanted:
         raise UserError(
             f"the training scenarios gave {len(states)} decision states that matter, "

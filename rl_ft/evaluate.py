@@ -13,20 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from envs import dialect
 from envs.controllers import CONTROLLER_NAMES
 from envs.errors import UserError
 from envs.metrics import gridlock_rate, paired_difference, summarise
 from envs.scenario import expand
-from envs.types import Decision
 from rl_ft.closed_loop import Ask, Episode, Job, play_controller, play_model
 from rl_ft.cluster import ray_session
 from rl_ft.config import Config
 from rl_ft.monitor import write_summary
-from rl_ft.progress import track
+from rl_ft.progress import Progress
 from rl_ft.render import Renderer
 from rl_ft.run_folder import RunFolder, write_atomically
-from rl_ft.types import Completion
 
 log = logging.getLogger(__name__)
 
@@ -104,20 +101,32 @@ def evaluate(
 ) -> dict[str, Any]:
     """Play everything; `versus` names a further policy to compare a policy with."""
     jobs = [Job(scenario=name, seed=seed) for name in splits for seed in range(1, seeds + 1)]
+    policies = [*controllers, *models]
+
+    def progress(name: str) -> Progress:
+        what = f"evaluate {name} ({policies.index(name) + 1} of {len(policies)})"
+        return Progress(what, total=len(jobs), unit="episodes")
+
     episodes: list[Episode] = []
     for name in controllers:
-        played = play_controller(name, jobs, config)
-        episodes += track(played, f"evaluate {name}", len(jobs))
+        with progress(name) as shown:
+            episodes += play_controller(name, jobs, config, on_played=shown.add)
     if models:
         with _sampler(config, models) as ask_as:
             for name, path in models.items():
-                played = play_model(name, ask_as(path), jobs, config)
-                episodes += track(played, f"evaluate {name}", len(jobs))
+                with progress(name) as shown:
+                    episodes += play_model(
+                        name,
+                        ask_as(path),
+                        jobs,
+                        config,
+                        num_worlds=config.evaluate.num_worlds,
+                        on_played=shown.add,
+                    )
     rows = sorted(
         (_row(episode, splits) for episode in episodes),
         key=lambda row: (row["policy"], row["scenario"], row["seed"]),
     )
-    policies = [*controllers, *models]
     pairs = [(policy, baseline) for policy in policies if policy != baseline]
     pairs += [pair for pair in versus.items() if pair[1] != baseline]
     return {
@@ -139,7 +148,7 @@ def _sampler(config: Config, models: dict[str, Path]) -> Iterator[Callable[[Path
     with ray_session(config):
         import ray
 
-        from rl_ft.actors import GeneratorActor
+        from rl_ft.actors import GeneratorActor, RemoteAsk
 
         engines: dict[str, Any] = {}
 
@@ -156,25 +165,7 @@ def _sampler(config: Config, models: dict[str, Path]) -> Iterator[Callable[[Path
         def ask_as(path: Path) -> Ask:
             generator = engine_for(path)
             ray.get(generator.load_folder.remote(str(path)))
-
-            def ask(decisions: list[Decision]) -> list[Completion]:
-                if not decisions:
-                    return []
-                prompts = [
-                    renderers[path].prompt_ids(
-                        dialect.messages(d, instructions=config.model.instructions)
-                    )
-                    for d in decisions
-                ]
-                answers = generator.generate.remote(
-                    prompts,
-                    num_samples=1,
-                    temperature=0.0,
-                    max_tokens=config.grpo.max_completion_length,
-                )
-                return [completions[0] for completions in ray.get(answers)]
-
-            return ask
+            return RemoteAsk(generator, renderers[path], config)
 
         try:
             yield ask_as

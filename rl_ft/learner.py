@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from envs.errors import UserError
+from rl_ft.buffer import TrainingEnded
 from rl_ft.config import Config
 
 if TYPE_CHECKING:
@@ -184,6 +185,12 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
+def latest_step(output_dir: str | Path) -> int:
+    """What training would go on from; 0 without a checkpoint."""
+    found = latest_checkpoint(output_dir)
+    return 0 if found is None else int(found.name.removeprefix("checkpoint-"))
+
+
 def train_loop(train_config: TrainConfig) -> None:
     """What a Ray Train worker runs: build, resume if there is a checkpoint, train to the end."""
     import ray.train
@@ -219,8 +226,20 @@ def train_loop(train_config: TrainConfig) -> None:
         before_update=train_config.get("before_update"),
         before_checkpoint=train_config.get("before_checkpoint"),
     )
-    resume_from = latest_checkpoint(train_config["output_dir"])
-    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    train(trainer, latest_checkpoint(train_config["output_dir"]))
+
+
+def train(trainer: PackedGRPOTrainer, resume_from: Path | None) -> None:
+    """To the last step, or to the one at which `fetch` raises `TrainingEnded`.
+
+    Either way a checkpoint of the end is left, so that a resumed run finds nothing to train.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    except TrainingEnded:
+        end = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
+        if not end.exists():
+            trainer._save_checkpoint(trainer.model, None)
 
 
 def run_learner(

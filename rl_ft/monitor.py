@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from rl_ft.progress import console as terminal
 from rl_ft.run_folder import write_atomically
 
 GIB = 2**30
@@ -87,11 +88,15 @@ class MetricLog:
 
 
 def read_metrics(root: Path, stage: str) -> list[dict[str, Any]]:
-    """The stage's steps in order, each as `step`, `time_s` and `values`."""
+    """The stage's steps in order, each as `step`, `time_s` and `values`.
+
+    A line that is just being written, or never was to its end, is left out.
+    """
     file = root / "metrics.jsonl"
     if not file.is_file():
         return []
-    lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    written = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (json.loads(line) for line in written if line.endswith("\n"))
     return [line for line in lines if line["stage"] == stage]
 
 
@@ -139,10 +144,9 @@ def run_log(file: Path, *, console: bool = True) -> Iterator[None]:
     to_file.setFormatter(logging.Formatter(_LOG_FORMAT))
     handlers.append((logging.getLogger(), to_file))
     if console:
-        from rich.console import Console
         from rich.logging import RichHandler
 
-        to_console = RichHandler(console=Console(stderr=True), show_path=False)
+        to_console = RichHandler(console=terminal(), show_path=False)
         handlers += [(logging.getLogger(name), to_console) for name in _OURS]
     levels = {name: logging.getLogger(name).level for name in _OURS}
     try:

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from envs.errors import UserError
 from rl_ft.cluster import ray_session
 from rl_ft.config import Config
+from rl_ft.progress import Progress
 from rl_ft.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ def run_stage(stage: str, config: Config, folder: RunFolder) -> None:
             f"run `rl-ft {missing[0]} --out {folder.root}` first, or all with `rl-ft run`"
         )
     log.info("%s: starting", stage)
-    STAGES[stage](config, folder)
+    with Progress(stage):
+        STAGES[stage](config, folder)
     folder.mark_done(stage)
     log.info("%s: done", stage)
 

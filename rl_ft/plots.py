@@ -66,6 +66,15 @@ class Difference:
     high: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """A check during training: mean delay over its episodes, and how many locked up."""
+
+    step: int
+    delay_s: float
+    gridlocks: int
+
+
 def colour(policy: str) -> str:
     """The policy's colour, readable on white and on near-black."""
     known = _COLOURS.get(policy)
@@ -183,6 +192,26 @@ def curve(
     axes.grid(color=GRID, lw=0.6)
     axes.set_xlabel("optimiser step")
     return _svg(figure, name, f"{name} over optimiser steps")
+
+
+def check_curve(series: Mapping[str, Sequence[Checked]], *, reference_s: float, name: str) -> str:
+    """Delay of every check over steps, a line per policy; max-pressure's delay is a dashed line.
+
+    Checks with a gridlock are crosses, at the upper edge where they would flatten the rest.
+    """
+    flowing = [c.delay_s for points in series.values() for c in points if not c.gridlocks]
+    top = 1.25 * max([reference_s, *flowing])
+    figure, axes = _figure(2.3, width=5.2)
+    axes.axhline(reference_s, color=colour("max_pressure"), lw=1.4, ls="--")
+    for policy, points in series.items():
+        hue = colour(policy)
+        shown = [min(point.delay_s, top) for point in points]
+        axes.plot([point.step for point in points], shown, color=hue, lw=1.4)
+        for point, delay_s in zip(points, shown, strict=True):
+            axes.plot([point.step], [delay_s], "X" if point.gridlocks else "o", ms=5, color=hue)
+    axes.grid(color=GRID, lw=0.6)
+    axes.set_xlabel("optimiser step")
+    return _svg(figure, name, "Delay of the checks over optimiser steps")
 
 
 def stage_bar(rows: Mapping[str, Mapping[str, float]], *, name: str) -> str:

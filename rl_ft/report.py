@@ -57,6 +57,10 @@ def write_report(folder: RunFolder) -> Path:
         recipe=folder.config.recipe,
         evaluation=evaluation(_read_json(folder.root / "eval" / "results.json")),
         training=training(read_metric_lines(folder.root / "metrics.jsonl")),
+        checks=checks(
+            read_metric_lines(folder.root / "metrics.jsonl"),
+            _read_json(folder.root / "metrics.json") or {},
+        ),
         examples=examples(folder.root),
         manifest=manifest(_read_json(folder.root / "manifest.json")),
     )
@@ -195,6 +199,32 @@ def curve_panels(
             picture = plots.curve(lines, name=name, log=log, share=scale == "share")
             panels.append((title, picture))
     return panels
+
+
+def checks(metrics: Sequence[Row], summary: Row) -> Row | None:
+    """The closed loop while training ran, and what it chose; None if nothing was checked."""
+    lines: dict[str, list[plots.Checked]] = {}
+    for policy in policies_of(metrics, "check"):
+        delays = series(metrics, policy, "check/delay_s")
+        jams = dict(series(metrics, policy, "check/gridlocks"))
+        lines[policy.replace("check:", "grpo:")] = [
+            plots.Checked(step=step, delay_s=delay, gridlocks=int(jams[step]))
+            for step, delay in delays
+        ]
+    if not lines:
+        return None
+    reference = next(
+        line["values"] for line in metrics if "check/max_pressure_delay_s" in line["values"]
+    )
+    reference_s = reference["check/max_pressure_delay_s"]
+    chosen = {policy: summary.get(policy.replace("grpo:", "check/")) for policy in lines}
+    return {
+        "plot": plots.check_curve(lines, reference_s=reference_s, name="checks"),
+        "policies": ["max_pressure", *lines],
+        "reference_s": reference_s,
+        "reference_gridlocks": int(reference["check/max_pressure_gridlocks"]),
+        "chosen": [(policy, row) for policy, row in chosen.items() if row],
+    }
 
 
 def sft_accuracy(metrics: Sequence[Row]) -> list[tuple[str, float]]:

@@ -20,18 +20,21 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from envs.scenario import expand
 from rl_ft.admission import Admission, staleness
+from rl_ft.check import Checks
 from rl_ft.cluster import ray_session
 from rl_ft.config import Config
 from rl_ft.health import HealthMonitor
 from rl_ft.lineage import Lineage
 from rl_ft.monitor import LoadSampler, MetricLog
 from rl_ft.parity import UNKNOWN, MismatchGate, ParityError
+from rl_ft.progress import Progress
 from rl_ft.recall import Recall
 from rl_ft.render import Renderer
 from rl_ft.rollout import Collected, Score, Tally, collect_groups, metrics
@@ -63,7 +66,7 @@ def train_grpo(config: Config, folder: RunFolder) -> None:
             loop = GrpoLoop(config, folder, start, worlds, generator, record)
             asyncio.run(loop.run())
             folder.mark_done(f"grpo/{start}")
-            loop.snapshots.clear()
+            loop.forget()
         _stop(worlds, generator)
 
 
@@ -81,7 +84,7 @@ class GrpoLoop:
         *,
         score: Score | None = None,
     ) -> None:
-        from rl_ft.actors import BufferActor
+        from rl_ft.actors import BufferActor, RemoteAsk
 
         self._config, self._folder, self._record = config, folder, record
         self._stage = f"grpo/{start}"
@@ -104,6 +107,10 @@ class GrpoLoop:
         self._pending: dict[int, dict[str, float]] = {}
         self._lineage = Lineage(config.rollout.max_staleness)
         self.snapshots = Snapshots(folder.path(self._stage, "snapshots"))
+        self._checks = Checks(
+            config, folder, start, RemoteAsk(generator, self._renderer, config), record
+        )
+        self._progress = Progress(self._stage, total=config.grpo.max_steps, unit="steps")
         self._steps_start = time.perf_counter()
 
     async def run(self) -> None:
@@ -114,6 +121,15 @@ class GrpoLoop:
             HealthError: a budget of failures is exceeded.
             RuntimeError: the learner gave up; the cause is its own error.
         """
+        with self._progress:
+            await self._train()
+
+    def forget(self) -> None:
+        """The weights that were kept on the way are needed no more."""
+        self.snapshots.clear()
+        self._checks.forget()
+
+    async def _train(self) -> None:
         await self._check_parity()
         learner = self._start_learner()
         number = next_step = 0
@@ -127,22 +143,31 @@ class GrpoLoop:
             if published.begins:
                 self._go_on_from(ref)
                 next_step = ref.version
-            self._keep(ref)
-            if ref.version >= self._config.grpo.max_steps:
+            if await self._is_last(ref):
+                await self._buffer.end.remote()
                 break
             opened = self._admission.opened(next_step, ref.version)
             for step in opened:
                 await self._collect(step, number, sync_s)
             next_step = opened.stop
-        await asyncio.wrap_future(learner)
-        await self._take_metrics()
-        self._save_model()
+        await self._finish(learner)
+        await self._save_model()
+
+    async def _finish(self, learner: Future[Any]) -> None:
+        """Until the learner has ended: it waits for the record of its last steps to end."""
+        ended = asyncio.wrap_future(learner)
+        while not ended.done():
+            await asyncio.wait({ended}, timeout=POLL_S)
+            await self._take_metrics()
+        ended.result()
 
     def _go_on_from(self, ref: WeightsRef) -> None:
         """A learner has begun, or begun again: what comes after its checkpoint is made anew."""
         self._record.rewind(self._stage, ref.version)
         self.snapshots.rewind(ref.version)
         self._pending.clear()
+        self._checks.rewind(ref.version)
+        self._progress.update(ref.version)
         steps = self._config.rollout.retell_after_steps
         self._recalls = [
             Recall(seed=self._config.seed * 1_000 + i, num_waiting=round(steps * quota))
@@ -243,17 +268,8 @@ class GrpoLoop:
             self._steps_start = now
             self._record.log(self._stage, step, values)
             await self._buffer.confirm.remote(step)
-            log.info(
-                "%s step %d of %d: gain over max-pressure %.1f veh s, strict %.2f, entropy %.3f, "
-                "%.1f s",
-                self._stage,
-                step,
-                self._config.grpo.max_steps,
-                values.get("reward/gain_over_max_pressure_veh_s", float("nan")),
-                values.get("format/strict_share", float("nan")),
-                values["entropy"],
-                values["time/step_s"],
-            )
+            self._progress.update(step, **_figures(values, self._checks.latest))
+            self._progress.say()
             self._health.observe(step, {"entropy": learned["entropy"]})
 
     async def _check_parity(self) -> None:
@@ -316,24 +332,51 @@ class GrpoLoop:
             file = self._folder.path(self._stage, "examples.json")
             file.write_text(json.dumps(telling, indent=1), encoding="utf-8")
 
-    def _keep(self, ref: WeightsRef) -> None:
-        """What the final model is the mean of."""
+    async def _is_last(self, ref: WeightsRef) -> bool:
+        """Check what the sampler holds, keep what the final model is the mean of; is it enough?"""
         import ray
 
+        from rl_ft.learner import latest_step
         from rl_ft.weights import fetch
 
-        grpo = self._config.grpo
-        is_late = ref.version >= round(grpo.average_from * grpo.max_steps)
-        if ref.version == grpo.max_steps or (is_late and ref.version % grpo.save_steps == 0):
-            self.snapshots.add(ref.version, fetch(ref, ray.get))
+        grpo, version = self._config.grpo, ref.version
+        weights = partial(fetch, ref, ray.get)
+        checkpoints = self._folder.path(self._stage, "checkpoints")
+        await self._checks.look(version, weights, resumable_from=latest_step(checkpoints))
+        is_last = version >= grpo.max_steps or self._checks.on_plateau
+        is_late = version >= round(grpo.average_from * grpo.max_steps)
+        if is_last or (is_late and version % grpo.save_steps == 0):
+            self.snapshots.add(version, weights())
+        if is_last and version < grpo.max_steps:
+            log.info("%s: ends at step %d, check.patience is over", self._stage, version)
+        return is_last
 
-    def _save_model(self) -> None:
-        """The mean of the kept versions as an ordinary Hugging Face folder."""
+    async def _save_model(self) -> None:
+        """The mean of the kept versions, or the best checked, as a Hugging Face folder."""
         from rl_ft.weights import save_folder
 
         target = self._folder.path(self._stage, "model")
-        log.info("%s: the model is the mean of versions %s", self._stage, self.snapshots.versions())
+        averaged = self.snapshots.versions()
         save_folder(self.snapshots.mean(), self._model_path, target)
+        if self._checks.best is None:
+            log.info("%s: the model is the mean of versions %s", self._stage, averaged)
+            return
+        await self._generator.load_folder.remote(str(target))
+        better = await self._checks.choose(averaged)
+        if better is not None:
+            save_folder(better, self._model_path, target)
+
+
+def _figures(values: Mapping[str, float], check: str) -> dict[str, str]:
+    """What the progress line says of a step, the most important first."""
+    shown = {
+        "gain_over_max-pressure": ("reward/gain_over_max_pressure_veh_s", "{:.1f} veh s"),
+        "strict": ("format/strict_share", "{:.2f}"),
+        "entropy": ("entropy", "{:.3f}"),
+    }
+    others = {name: f.format(values[key]) for name, (key, f) in shown.items() if key in values}
+    reward = f"{values.get('reward/mean', float('nan')):.2f}"
+    return {"reward": reward, **({"check": check} if check else {}), **others}
 
 
 def _stop(worlds: Sequence[Any], generator: Any) -> None:

@@ -28,7 +28,7 @@ from rl_ft.recipe import differences, read_config
 
 _DATA = ("seed", "scenarios", "model", "prepare", "reward")
 _SFT = (*_DATA, "sft")
-_GRPO = (*_SFT, "rollout", "grpo", "generation", "parity", "health")
+_GRPO = (*_SFT, "rollout", "grpo", "generation", "parity", "health", "check")
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "prepare": _DATA,
     "sft": _SFT,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -23,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 from envs.errors import UserError
 from rl_ft.cluster import ray_session
 from rl_ft.config import Config
+from rl_ft.monitor import MetricLog, read_metrics
+from rl_ft.progress import Progress
 from rl_ft.render import Renderer
 from rl_ft.run_folder import RunFolder
 
@@ -83,7 +86,9 @@ def train_sft(config: Config, folder: RunFolder) -> None:
         _require_inputs(job)
     if not jobs:
         return
-    with ray_session(config):
+    total = sum(num_steps(config, job) for job in jobs)
+    poll = partial(_follow, jobs=jobs, root=folder.root)
+    with ray_session(config), Progress("sft", total=total, unit="steps", poll=poll):
         _fit(config, jobs, folder)
     for job in jobs:
         log.info("sft/%s: %s", job.teacher, (Path(job.out_dir) / SUMMARY_FILE).read_text())
@@ -101,6 +106,13 @@ def teacher_jobs(config: Config, folder: RunFolder) -> list[TeacherJob]:
         )
         for teacher in config.prepare.teachers
     ]
+
+
+def num_steps(config: Config, job: TeacherJob) -> int:
+    """Optimiser steps that training on a teacher takes."""
+    with Path(job.train_file).open(encoding="utf-8") as rows:
+        num_batches = math.ceil(sum(1 for _ in rows) / config.sft.per_device_train_batch_size)
+    return math.ceil(config.sft.num_train_epochs * num_batches)
 
 
 def is_complete(model_dir: Path) -> bool:
@@ -366,12 +378,22 @@ def _fit(config: Config, jobs: Sequence[TeacherJob], folder: RunFolder) -> None:
     ).fit()
 
 
+def _follow(progress: Progress, *, jobs: Sequence[TeacherJob], root: Path) -> None:
+    """What the worker has written so far, which may be on another machine."""
+    done, figures = 0, {}
+    for job in jobs:
+        lines = [m for m in read_metrics(root, f"sft/{job.teacher}") if "loss" in m["values"]]
+        if lines:
+            done += lines[-1]["step"]
+            figures = {"teacher": job.teacher, "loss": f"{lines[-1]['values']['loss']:.3f}"}
+    if done != progress.done:
+        progress.update(done, **figures)
+
+
 def _worker_loop(loop: dict[str, Any]) -> None:
     """What the Ray Train worker runs: every unfinished job, in order."""
     import ray.train
     import torch
-
-    from rl_ft.monitor import MetricLog
 
     config = Config.model_validate(loop["config"])
     torch.set_num_threads(config.sft.torch_threads)

@@ -1,4 +1,4 @@
-"""Weights kept on the way, whose mean is the model that a run leaves.
+"""Weights kept on the way: those whose mean is the model that a run leaves, and the best checked.
 
 Single versions of a policy in training differ by chance; their mean does less so (Izmailov et al.
 2018, "Averaging weights leads to wider optima and better generalization"). Full tensors in files,
@@ -8,7 +8,7 @@ so a resumed run, or one that trains an adapter, leaves the same mean.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,9 +44,18 @@ class Snapshots:
 
     def rewind(self, version: int) -> None:
         """Forget what came after a version."""
-        for later in self.versions():
-            if later > version:
-                self._file(later).unlink()
+        self.keep_only([kept for kept in self.versions() if kept <= version])
+
+    def get(self, version: int) -> dict[str, Tensor]:
+        """The weights of a version that is kept."""
+        from safetensors.torch import load_file
+
+        return load_file(self._file(version))
+
+    def keep_only(self, versions: Collection[int]) -> None:
+        """Forget all others."""
+        for version in set(self.versions()) - set(versions):
+            self._file(version).unlink()
 
     def mean(self) -> dict[str, Tensor]:
         """The mean of all versions, tensor by tensor.
@@ -58,7 +67,8 @@ class Snapshots:
         """
         means: dict[str, Tensor] = {}
         last: dict[str, Tensor] = {}
-        for count, last in enumerate(self._load(), start=1):
+        for count, version in enumerate(self.versions(), start=1):
+            last = self.get(version)
             for name, tensor in last.items():
                 mean = means.setdefault(name, tensor.float())
                 means[name] = mean + (tensor.float() - mean) / count
@@ -69,12 +79,6 @@ class Snapshots:
     def clear(self) -> None:
         """Forget everything."""
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _load(self) -> Iterator[dict[str, Tensor]]:
-        from safetensors.torch import load_file
-
-        for version in self.versions():
-            yield load_file(self._file(version))
 
     def _file(self, version: int) -> Path:
         return self._folder / f"{version}.safetensors"

@@ -9,7 +9,7 @@ import pytest
 from version_case import group, weights
 
 from rl_ft.admission import Admission
-from rl_ft.buffer import GroupBuffer, StaleGroups
+from rl_ft.buffer import GroupBuffer, StaleGroups, TrainingEnded
 
 
 def new_buffer(max_staleness: int = 0) -> GroupBuffer:
@@ -176,5 +176,27 @@ def test_a_step_counts_as_recorded_once_it_is_confirmed():
         # A restarted learner makes the step again: what was confirmed before does not count.
         await buffer.report(1, {"loss": 1.0})
         assert not await buffer.recorded(1, 0.01)
+
+    asyncio.run(scene())
+
+
+def test_the_end_reaches_whoever_waits_for_groups():
+    async def scene() -> None:
+        buffer = new_buffer()
+        waiting = asyncio.create_task(buffer.get_groups(3, 60))
+        await asyncio.sleep(0.01)
+        await buffer.end()
+        with pytest.raises(TrainingEnded, match="step 3"):
+            await waiting
+
+    asyncio.run(scene())
+
+
+def test_groups_that_came_before_the_end_are_handed_over():
+    async def scene() -> None:
+        buffer = new_buffer()
+        await buffer.put_groups(3, [group(3)], under=1)
+        await buffer.end()
+        assert await buffer.get_groups(3, 1) == (group(3),)
 
     asyncio.run(scene())

@@ -39,3 +39,11 @@ def test_a_kl_term_needs_answers_that_the_policy_gave():
 def test_the_engine_must_have_room_for_prompt_and_completion():
     with pytest.raises(ValidationError, match="max_model_len is 100"):
         Config.model_validate({"generation": {"max_model_len": 100}})
+
+
+def test_what_chooses_the_model_must_not_judge_it():
+    check = {"every_steps": 10, "scenarios": ["generated:900-904"]}
+    judged = {"held_out": ["generated:902"]}
+    with pytest.raises(ValidationError, match="share generated:902"):
+        Config.model_validate({"check": check, "scenarios": judged})
+    Config.model_validate({"check": check | {"every_steps": 0}, "scenarios": judged})

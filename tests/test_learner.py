@@ -13,6 +13,7 @@ import torch
 from grpo_case import config, model_folder, ragged_groups
 
 from envs.errors import UserError
+from rl_ft.buffer import TrainingEnded
 from rl_ft.config import Config
 from rl_ft.learner import (
     POINTER_FILE,
@@ -20,8 +21,10 @@ from rl_ft.learner import (
     build_trainer,
     grpo_args,
     latest_checkpoint,
+    latest_step,
     load_model,
     run_learner,
+    train,
 )
 
 
@@ -334,3 +337,32 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_weights(ray_cluster, fol
         assert Path(pointer["path"]) == place / "checkpoints" / "checkpoint-4"
         ends.append(torch.load(place / "4.pt"))
     assert equal(*ends)
+
+
+# ---- an end before the last step
+
+
+def ends_at(last: int):
+    def fetch(step):
+        if step == last:
+            raise TrainingEnded
+        return ragged_groups(3, seed=step)
+
+    return fetch
+
+
+@pytest.mark.parametrize("save_steps", [2, 3])
+def test_an_end_that_is_asked_for_leaves_a_checkpoint_to_which_nothing_is_added(
+    folder, tmp_path, save_steps
+):
+    conf = config(max_steps=9, save_steps=save_steps, learning_rate=1e-2)
+    run = Run(folder, tmp_path, conf)
+    run.trainer._fetch = ends_at(2)
+    train(run.trainer, None)
+    assert latest_step(tmp_path) == 2
+    again = Run(folder, tmp_path, conf)
+    again.trainer._fetch = ends_at(2)
+    train(again.trainer, latest_checkpoint(tmp_path))
+    assert [version for version, _ in again.published] == [2]
+    assert equal(again.published[0][1], run.published[-1][1])
+    assert latest_step(tmp_path) == 2

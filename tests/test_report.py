@@ -149,6 +149,44 @@ def sample_metrics(steps: int = 120) -> list[dict]:
     return lines
 
 
+def sample_checks() -> list[dict]:
+    """From the lookahead start the check of step 40 locks up."""
+    lines = []
+    for start, shift in (("max_pressure", 4.0), ("lookahead", 0.0)):
+        for step in range(0, 121, 20):
+            jam = start == "lookahead" and step == 40
+            values = {
+                "check/delay_s": 250.0 if jam else 14.0 + (4 + shift) * math.exp(-step / 40),
+                "check/gridlocks": float(jam),
+                "check/max_pressure_delay_s": 18.5,
+                "check/max_pressure_gridlocks": 0.0,
+            }
+            lines.append({"stage": f"check/{start}", "step": step, "time_s": 1, "values": values})
+    return lines
+
+
+CHOSEN = {
+    "check/max_pressure": {
+        "left": "mean",
+        "averaged": [100, 110, 120],
+        "best_step": 120,
+        "mean_delay_s": 14.1,
+        "mean_gridlocks": 0.0,
+        "best_delay_s": 14.4,
+        "best_gridlocks": 0.0,
+    },
+    "check/lookahead": {
+        "left": "step 80",
+        "averaged": [100, 110, 120],
+        "best_step": 80,
+        "mean_delay_s": 61.0,
+        "mean_gridlocks": 1.0,
+        "best_delay_s": 14.2,
+        "best_gridlocks": 0.0,
+    },
+}
+
+
 def sample_examples() -> list[dict]:
     prompt = (
         "A 7 12: south through+right 2 1 0 0 15, south left yield shared 1 0 0 0 40, "
@@ -190,11 +228,12 @@ def write_run(root: Path, *, results: dict | None) -> RunFolder:
     folder = RunFolder(root=root, config=Config())
     if results is not None:
         folder.path("eval", "results.json").write_text(json.dumps(results))
-    lines = [json.dumps(line) + "\n" for line in sample_metrics()]
+    lines = [json.dumps(line) + "\n" for line in sample_metrics() + sample_checks()]
     folder.path("metrics.jsonl").write_text("".join(lines) + '{"stage": "grpo/loo')
     for start in ("max_pressure", "lookahead"):
         folder.path("grpo", start, "examples.json").write_text(json.dumps(sample_examples()))
     folder.path("manifest.json").write_text(json.dumps(MANIFEST))
+    folder.path("metrics.json").write_text(json.dumps(CHOSEN))
     return folder
 
 
@@ -274,7 +313,7 @@ def test_every_policy_and_scenario_is_in_the_closed_loop_table(page):
 def test_the_torn_last_line_of_a_killed_run_is_left_out(tmp_path):
     write_run(tmp_path, results=None)
     lines = report.read_metric_lines(tmp_path / "metrics.jsonl")
-    assert len(lines) == 2 * 226 + 2 * 120
+    assert len(lines) == 2 * 226 + 2 * 120 + 2 * 7
 
 
 def test_what_a_model_wrote_cannot_become_markup(page, tmp_path):
@@ -405,3 +444,22 @@ def test_a_difference_off_the_scale_is_marked_not_hidden():
     assert "\N{MINUS SIGN}60<" in svg
     assert "+90<" in svg
     assert "\N{MINUS SIGN}8<" in svg
+
+
+def test_the_checks_are_drawn_with_a_line_per_start_and_one_for_max_pressure():
+    found = report.checks(sample_metrics() + sample_checks(), CHOSEN)
+    assert found["policies"] == ["max_pressure", "grpo:max_pressure", "grpo:lookahead"]
+    assert found["reference_s"] == 18.5
+    for policy in found["policies"]:
+        assert plots.colour(policy) in found["plot"]
+
+
+def test_the_page_says_which_weights_the_checks_left(page):
+    assert "GRPO from lookahead step 80" in page.text
+    assert "the mean of steps 100, 110, 120" in page.text
+
+
+def test_without_checks_the_page_does_not_speak_of_them(tmp_path):
+    assert report.checks(sample_metrics(), {}) is None
+    html = report.write_report(RunFolder(root=tmp_path, config=Config())).read_text()
+    assert "while it learned" not in html

@@ -28,6 +28,7 @@ from rl_ft.worlds import Tried
 
 START = "max_pressure"
 STAGE = f"grpo/{START}"
+CHECKS = f"check/{START}"
 BASE = (
     "model.tiny.hidden_size=64",
     "model.tiny.intermediate_size=128",
@@ -87,6 +88,7 @@ class LoopRun:
 
     root: Path
     steps: list[dict[str, Any]]
+    checks: list[dict[str, Any]]
     loaded: list[tuple[int, str]]
     """Version and digest of everything the generator was told to load."""
     error: Exception | None
@@ -111,11 +113,15 @@ def run_loop(
     score: Any = None,
     meanwhile: Callable[[Path, Sequence[Any]], None] | None = None,
 ) -> LoopRun:
-    """One GRPO training in a folder of its own; `meanwhile(root, worlds)` runs in a thread."""
+    """One GRPO training in a folder of its own; `meanwhile(root, worlds)` runs in a thread.
+
+    In a folder that holds one already, it goes on.
+    """
     config = loop_config(*overrides)
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     for name in ("sft", "data"):
-        (root / name).symlink_to(prepared / name)
+        if not (root / name).exists():
+            (root / name).symlink_to(prepared / name)
     worlds = start_worlds(config, expand(config.scenarios.train))
     ray.get(generator.take_loaded.remote())
     error = None
@@ -139,6 +145,7 @@ def run_loop(
     return LoopRun(
         root=root,
         steps=read_metrics(root, STAGE),
+        checks=read_metrics(root, CHECKS),
         loaded=ray.get(generator.take_loaded.remote()),
         error=error,
     )

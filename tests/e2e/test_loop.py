@@ -26,6 +26,13 @@ pytestmark = pytest.mark.e2e
 
 # Instants are told again as early and as often as they may be.
 RETOLD = ("rollout.tellings=3", "rollout.retell_after_steps=0")
+CHECKED = (
+    'check.scenarios=["generated:3"]',
+    "check.episode_s=120",
+    "check.every_steps=1",
+    # The mean is left, whatever the checks say.
+    "check.min_improvement_s=1000",
+)
 SHORT = ("grpo.max_steps=3", "grpo.learning_rate=0.002", "grpo.save_steps=3")
 TOY_STEPS = 30
 TOY = (
@@ -55,12 +62,17 @@ def start_digest(prepared):
 def twins(prepared, generator, tmp_path_factory):
     folder = tmp_path_factory.mktemp("twins")
     return [
-        run_loop(prepared, folder / name, generator, *SHORT, *RETOLD, "grpo.surprise_coef=0.2")
+        run_loop(
+            prepared,
+            folder / name,
+            generator,
+            *(*SHORT, *RETOLD, *CHECKED, "grpo.surprise_coef=0.2"),
+        )
         for name in ("one", "two")
     ]
 
 
-def measured(run):
+def measured(steps):
     """Every step's figures but those of the clock and the machine."""
     return [
         {
@@ -69,7 +81,7 @@ def measured(run):
             if not name.startswith(WALL_CLOCK)
             and not (name.startswith("learner/") and name.endswith("_s"))
         }
-        for step in run.steps
+        for step in steps
     ]
 
 
@@ -79,8 +91,15 @@ def test_the_loop_reaches_its_last_step(twins):
 
 
 def test_two_runs_with_one_seed_measure_the_same(twins):
-    one, two = map(measured, twins)
+    one, two = (measured(run.steps) for run in twins)
     assert one == two
+
+
+def test_two_runs_with_one_seed_check_the_same(twins):
+    one, two = (measured(run.checks) for run in twins)
+    assert one == two
+    assert [check["step"] for check in twins[0].checks] == [0, 1, 2, 3]
+    assert len({values["check/delay_s"] for values in one}) > 1
 
 
 def test_instants_are_told_again_in_later_steps(twins):
@@ -227,6 +246,42 @@ def test_what_was_on_its_way_to_a_killed_learner_is_dropped_and_nothing_else(ahe
     )
     assert submitted == trained + dropped + in_flight
     assert (dropped > 0, in_flight) == (True, 0)
+
+
+# ---- an end before the last step
+
+
+@pytest.fixture(scope="module")
+def ended(prepared, generator, tmp_path_factory):
+    """Weights that never move are never better; then the same command again."""
+    settings = (
+        *CHECKED,
+        "check.patience=2",
+        "grpo.max_steps=6",
+        "grpo.learning_rate=0",
+        "grpo.save_steps=5",
+    )
+    root = tmp_path_factory.mktemp("ended") / "run"
+    return [run_loop(prepared, root, generator, *settings) for _ in range(2)]
+
+
+def test_training_ends_when_checks_no_longer_improve(ended):
+    assert [run.error for run in ended] == [None, None]
+    assert ended[0].step_numbers == [1, 2]
+
+
+def test_a_resumed_run_does_not_go_on_after_its_end(ended):
+    assert [version for version, _ in ended[1].loaded] == [2]
+    assert ended[1].step_numbers == [1, 2]
+
+
+def test_a_resumed_run_checks_no_version_again(ended):
+    assert [check["step"] for check in ended[0].checks] == [0, 1, 2]
+    assert ended[1].checks == ended[0].checks
+
+
+def test_an_early_end_leaves_a_model(ended, start_digest):
+    assert [run.final_digest for run in ended] == [start_digest] * 2
 
 
 # ---- something to learn, and a learner that dies
