@@ -63,6 +63,7 @@ def run(tmp_path) -> Path:
             "time/train_s": 0.5,
             "learner/backward_s": 0.2,
             "system/cpu_share": 0.7,
+            "system/processes_core_s": 4.5,
             "grad_norm": None,
         }
         lines.append({"stage": "grpo/max_pressure", "step": step, "time_s": step, "values": values})
@@ -104,6 +105,7 @@ def test_step_prints_the_median_of_every_stage_and_its_share(run):
     assert cells(done.stdout, "backward") == ["0.200", "6.7%"]
     assert cells(done.stdout, "waiting") == ["0.900", "30.0%"]
     assert cells(done.stdout, "│ step ") == ["3.000", "100.0%"]
+    assert cells(done.stdout, "core-seconds of the run") == ["4.500", "150.0%"]
     assert cells(done.stdout, "busy core-seconds") == ["", "70.0%"]
     assert "grpo/max_pressure: 3 step(s)" in done.stdout
 
@@ -207,7 +209,9 @@ def test_whole_prints_both_ways_by_stage(modules):
 
     ours = {"generate": 0.5, "branch": 1.0, "observe": 0.5, "train": 1.0, "sync": 0.1, "step": 2.5}
     plain = {"generate_s": 10.0, "reward_s": 60.0, "step_s": 100.0, "num_processes": 384}
+    plain["core_s"] = 120.0
     steps = [{f"time/{name}_s": value for name, value in ours.items()}] * 3
+    steps = [{**step, "system/processes_core_s": 4.0} for step in steps]
     console = Console(width=100, record=True)
     console.print(whole.show(Config(), steps, [plain, plain]))
     text = console.export_text()
@@ -215,6 +219,7 @@ def test_whole_prints_both_ways_by_stage(modules):
     assert cells(text, "│ generate") == ["0.25", "10.00", "40.0"]
     assert cells(text, "train") == ["1.00", "30.00", "30.0"]
     assert cells(text, "whole step") == ["2.50", "100.00", "40.0"]
+    assert cells(text, "core-seconds") == ["4.00", "120.00", "30.0"]
     assert cells(text, "processes started") == ["", "384", ""]
 
 

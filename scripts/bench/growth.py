@@ -113,8 +113,8 @@ def by_group_size(sizes: Sequence[int], repeats: int) -> list[Growth]:
 
         folder = build_tiny(Path(place, "model"), config=TinyModelConfig(), seed=1)
         ways = {
-            "answers per group, sampled": _sampling(folder),
-            "answers per group, trained on": _training(folder),
+            "answers, sampled": _sampling(folder),
+            "answers, trained on": _training(folder),
         }
         return [
             Growth(
@@ -197,8 +197,8 @@ def show(found: Sequence[Growth]) -> Table:
     for growth in found:
         table.add_row(
             growth.name,
-            " ".join(f"{size:>6}" for size in growth.sizes),
-            " ".join(f"{seconds:>6.3f}" for seconds in growth.seconds),
+            " ".join(f"{size:>5}" for size in growth.sizes),
+            " ".join(f"{seconds:>5.2f}" for seconds in growth.seconds),
             f"{growth.exponent:.2f}",
         )
     return table
@@ -243,7 +243,7 @@ def main() -> None:
         by_junctions(arguments.maps, arguments.repeats),
         *by_group_size(arguments.sizes, arguments.repeats),
     ]
-    Console(width=120).print(show(found))
+    Console(width=130).print(show(found))
     arguments.out.mkdir(parents=True, exist_ok=True)
     plot(found, arguments.out / "growth.png")
     print(arguments.out / "growth.png")

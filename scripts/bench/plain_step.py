@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pickle
 import sys
 import tempfile
@@ -171,10 +172,11 @@ def train(assignment: Assignment, trials: Trials, folder: Path) -> list[dict[str
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: object, **__: object) -> None:
-            steps.append({"step_s": -time.perf_counter()})
+            steps.append({"step_s": -time.perf_counter(), "core_s": -sum(os.times()[:4])})
 
         def on_step_end(self, *_: object, **__: object) -> None:
             steps[-1]["step_s"] += time.perf_counter()
+            steps[-1]["core_s"] += sum(os.times()[:4])
 
     model, tokenizer = load_model(assignment.model, config)
     arguments = grpo_args(config, output_dir=folder, num_groups=len(assignment.told))

@@ -3,7 +3,7 @@
 Reads the metrics of a run; without one it makes a short run first, by the command line, with the
 recipe `smoke`. The first step of a stage warms up and is left out. Worlds work side by side, so
 the parts of the rollout may add up to more than its wall time. The busy share is that of the whole
-machine: what else ran on it counts.
+machine: what else ran on it counts; the core-seconds are the run's own.
 
     python scripts/bench/step.py [--run DIR]
 """
@@ -105,6 +105,8 @@ def _table(stage: str, steps: Sequence[dict[str, Any]]) -> Table:
     add("step", statistics.median(step_s))
     if busy := _values(steps, "system/cpu_share"):
         table.add_row("busy core-seconds / (cores x wall)", "", f"{statistics.mean(busy):.1%}")
+    if core_s := _values(steps, "system/processes_core_s"):
+        add("core-seconds of the run itself", statistics.median(core_s))
     return table
 
 

@@ -170,6 +170,7 @@ def show(
         add(name, median(ours, our_key) / parts, median(plain, plain_key))
     table.add_section()
     add("whole step", median(ours, "time/step_s"), median(plain, "step_s"))
+    add("core-seconds", median(ours, "system/processes_core_s"), median(plain, "core_s"))
     processes = statistics.median(step["num_processes"] for step in plain)
     table.add_row("SUMO processes started", "", f"{processes:.0f}", "")
     return table
