@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import pickle
 import statistics
@@ -36,7 +37,7 @@ from rich.table import Table
 from envs import dialect
 from envs.reward import Reward
 from envs.types import Decision
-from rl_ft.config import Config
+from rl_ft.config import Config, RolloutConfig
 from rl_ft.dataset import state_id
 
 START = "max_pressure"
@@ -59,13 +60,19 @@ OF_EVERY_POOL = ("time/generate_s", "time/branch_s", "time/observe_s")
 
 
 def configuration(arguments: argparse.Namespace) -> Config:
-    """The defaults, on one scenario, with classical drivers: so the states can be met again."""
+    """The defaults, on one scenario, with classical drivers: so the states can be met again.
+
+    Such a world asks in every step; those that the policy drives mostly do not. So there are as
+    many worlds as a step has new instants where each is told as often as it may be.
+    """
+    rollout = RolloutConfig()
     return Config.model_validate(
         {
             "scenarios": {"train": [arguments.scenario], "held_out": [arguments.scenario]},
             "prepare": {"num_states": STATES, "num_eval_states": 16, "teachers": [START]},
             "rollout": {
                 "num_groups": arguments.groups,
+                "num_worlds": math.ceil(arguments.groups / rollout.tellings),
                 "behaviour": {"policy": 0, "max_pressure": 0.5, "max_wave": 0.5, "random": 0},
             },
             "grpo": {
