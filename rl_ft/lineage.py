@@ -48,9 +48,13 @@ class Lineage:
         if self._loaded[-1].version == step:
             self._compared.append(self._loaded[-1])
 
+    def groups(self, step: int) -> tuple[RolloutGroup, ...]:
+        """What was sampled for a step; KeyError once it cannot matter any more."""
+        return self._groups[step]
+
     def suspects(self, step: int) -> Suspects:
         """What a refused update of this step may be about."""
-        groups = self._groups[step]
+        groups = self.groups(step)
         version = min(group.weights_version for group in groups)
         place = max(i for i, ref in enumerate(self._loaded) if ref.version == version)
         claimed = self._loaded[place]

@@ -114,25 +114,33 @@ class LoadSampler:
     def __init__(self) -> None:
         self._process = psutil.Process()
         psutil.cpu_percent()
+        self._core_s, _ = self._tree()
 
     def sample(self) -> dict[str, float]:
-        """CPU share since the last call (1 = every core busy) and memory now."""
+        """Since the last call the share of the cores that were busy (1 = every one) and the
+        core-seconds of this process tree; and memory now."""
         memory = psutil.virtual_memory()
+        before = self._core_s
+        self._core_s, resident = self._tree()
         return {
             "system/cpu_share": psutil.cpu_percent() / 100,
+            "system/processes_core_s": self._core_s - before,
             "system/memory_used_gib": (memory.total - memory.available) / GIB,
-            "system/processes_memory_gib": self._tree_memory() / GIB,
+            "system/processes_memory_gib": resident / GIB,
         }
 
-    def _tree_memory(self) -> int:
-        """Resident memory of this process and all below it, shared pages counted each time."""
-        total = self._process.memory_info().rss
-        for child in self._process.children(recursive=True):
+    def _tree(self) -> tuple[float, int]:
+        """Core-seconds so far and resident memory of this process and all below it: of those that
+        ended, what their parent waited for; of shared pages, each time they are mapped."""
+        core_s, resident = 0.0, 0
+        for process in (self._process, *self._process.children(recursive=True)):
             try:
-                total += child.memory_info().rss
+                times, memory = process.cpu_times(), process.memory_info()
             except psutil.Error:
                 continue  # it ended while we counted
-        return total
+            core_s += times.user + times.system + times.children_user + times.children_system
+            resident += memory.rss
+        return core_s, resident
 
 
 @contextmanager

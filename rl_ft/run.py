@@ -105,7 +105,7 @@ class GrpoLoop:
             self._model_path, max_prompt_length=config.model.max_prompt_length
         )
         self._pending: dict[int, dict[str, float]] = {}
-        self._lineage = Lineage(config.rollout.max_staleness)
+        self.lineage = Lineage(config.rollout.max_staleness)
         self.snapshots = Snapshots(folder.path(self._stage, "snapshots"))
         self._checks = Checks(
             config, folder, start, RemoteAsk(generator, self._renderer, config), record
@@ -138,7 +138,7 @@ class GrpoLoop:
             started = time.perf_counter()
             await self._generator.load.remote(ref)
             sync_s = time.perf_counter() - started
-            self._lineage.load(ref)
+            self.lineage.load(ref)
             await self._take_metrics()
             if published.begins:
                 self._go_on_from(ref)
@@ -217,7 +217,7 @@ class GrpoLoop:
         self._health.observe(step, values)
         self._pending[step + 1] = values
         self._write_examples([example for part in parts for example in part.examples])
-        self._lineage.sample(step, groups)
+        self.lineage.sample(step, groups)
         await self._buffer.put_groups.remote(step, groups, under=number)
 
     async def _next_weights(self, after: int, learner: Future[Any]) -> Publication | None:
@@ -239,7 +239,7 @@ class GrpoLoop:
             return
         await self._take_metrics()
         step, why = refused
-        suspects = self._lineage.suspects(step)
+        suspects = self.lineage.suspects(step)
         cause = UNKNOWN
         for earlier in suspects.earlier:
             cause = await self._generator.diagnose.remote(

@@ -72,6 +72,7 @@ def test_sections_of_the_summary_do_not_touch_each_other(tmp_path):
 def test_a_load_sample_is_within_the_machine():
     load = LoadSampler().sample()
     assert 0 <= load["system/cpu_share"] <= 1
+    assert load["system/processes_core_s"] >= 0
     assert 0 < load["system/processes_memory_gib"] < 1000
     assert 0 < load["system/memory_used_gib"] < 10_000
 

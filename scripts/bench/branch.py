@@ -4,8 +4,7 @@ The usual way is a new SUMO process per candidate that loads a saved state and i
 Every round tries one candidate at one instant all ways, then both running simulations execute it,
 so every row did the same simulated seconds from the same traffic. Controller and measurement are
 one code, `envs.sumo`, over libsumo or over TraCI. In favour of the usual way, writing the state is
-not counted, what is known of the network is not read again, and a new process is asked every 2 ms
-whether it listens (`traci.start` itself waits a whole second after its first attempt).
+not counted, and what is known of the network is not read again.
 
     python scripts/bench/branch.py [--scenario resco:ingolstadt21] [--num 20]
 """
@@ -13,41 +12,31 @@ whether it listens (`traci.start` itself waits a whole second after its first at
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-# With it set, `import traci` gives libsumo.
-os.environ.pop("LIBSUMO_AS_TRACI", None)
-
-import sumo  # noqa: F401 - tells the SUMO processes where their data is
-import traci
+import psutil
 from rich.console import Console
 from rich.table import Table
 
-from envs.generator import sumo_tool
-from envs.scenario import load_scenario
-from envs.types import JointAction, Outcome, Scenario
-from envs.world import World
+# First: envs.sumo over TraCI here, while the world processes keep libsumo.
+from saved_state import TraciSimulation
 
-# envs.sumo speaks to whatever is called libsumo: here that is TraCI, and the world processes keep
-# the real one.
-sys.modules["libsumo"] = traci
-from envs.sumo import Simulation  # noqa: E402
+from envs.scenario import load_scenario
+from envs.types import Decision, JointAction, Outcome, Scenario
+from envs.world import World
 
 SEED = 1
 WARM_UP_S = 600
 HORIZON_S = 60.0
 FOLLOW = "max_wave"
-POLL_S = 0.002
 LIVE, FORK, TRACI_LIVE, RELOAD = "play", "fork", "traci", "reload"
 ROWS = {
     LIVE: "running simulation, nothing tried",
@@ -55,55 +44,6 @@ ROWS = {
     TRACI_LIVE: "running simulation over TraCI",
     RELOAD: "new SUMO, saved state, TraCI",
 }
-
-
-class TraciSimulation(Simulation):
-    """The simulation of `envs.sumo` in a SUMO process of its own, reached by TraCI."""
-
-    def _options(self, *arguments: Any) -> list[str]:
-        extra = {
-            "--save-state.rng": "true",
-            "--save-state.precision": "12",
-            "--xml-validation": "never",
-            "--xml-validation.net": "never",
-        }
-        options = super()._options(*arguments)[1:]
-        return [sumo_tool("sumo"), *options, *(text for pair in extra.items() for text in pair)]
-
-    def save(self, file: Path) -> None:
-        """Write the state of SUMO; what the signals show is not in it."""
-        traci.simulation.saveState(str(file))
-
-    @contextlib.contextmanager
-    def reloaded(self, file: Path) -> Iterator[TraciSimulation]:
-        """A new SUMO process that goes on from the file; the running one waits meanwhile."""
-        options = self._options()
-        named = dict(zip(options[1::2], options[2::2], strict=True))
-        named |= {"--load-state": str(file), "--begin": str(self.time_s)}
-        for trips in ("--tripinfo-output", "--tripinfo-output.write-unfinished"):
-            del named[trips]
-        port = traci.main.getFreeSocketPort()
-        named["--remote-port"] = str(port)
-        running = traci.getLabel()
-        process = subprocess.Popen(
-            [options[0], *(text for pair in named.items() for text in pair)],
-            stdout=subprocess.DEVNULL,
-        )
-        with _silence():
-            traci.connect(
-                port, numRetries=10_000, proc=process, waitBetweenRetries=POLL_S, label="candidate"
-            )
-        traci.switch("candidate")
-        try:
-            twin = copy.copy(self)
-            for name in ("_current", "_green_since", "_seen"):
-                setattr(twin, name, dict(getattr(self, name)))
-            for spec in twin.junctions:
-                twin._show(spec, twin._state(spec))
-            yield twin
-        finally:
-            traci.close()
-            traci.switch(running)
 
 
 def measure(
@@ -114,9 +54,7 @@ def measure(
     matched = dict.fromkeys((FORK, RELOAD), 0)
     starts: list[float] = []
     with World(timeout_s=600) as world, tempfile.TemporaryDirectory() as folder:
-        state = Path(folder) / "state.xml"
-        with _silence():
-            over_traci = TraciSimulation(scenario, SEED)
+        over_traci = TraciSimulation(scenario, SEED)
         try:
             world.reset(scenario, SEED)
             world.drive(FOLLOW, scenario.begin_s + WARM_UP_S)
@@ -124,7 +62,7 @@ def measure(
 
             def reload(action: JointAction) -> Outcome:
                 start = time.perf_counter()
-                with over_traci.reloaded(state) as twin:
+                with saved.opened() as twin:
                     starts.append(time.perf_counter() - start)
                     return twin.play(action, HORIZON_S, FOLLOW)
 
@@ -136,15 +74,13 @@ def measure(
             }
             # The first round warms up and is not counted.
             for number in range(num + 1):
-                decisions = world.decisions()
-                decision = decisions[number % len(decisions)]
-                phase = decision.legal[number % len(decision.legal)]
+                action = _candidate(world.decisions(), number)
                 over_traci.decisions()
-                over_traci.save(state)
+                saved = over_traci.save(Path(folder) / "state.xml")
                 found = {}
                 for row in _order(number):
                     start = time.perf_counter()
-                    found[row] = ways[row]({decision.junction.tls_id: phase})
+                    found[row] = ways[row](action)
                     seconds[row].append(time.perf_counter() - start)
                 if found[LIVE] != found[TRACI_LIVE]:
                     raise SystemExit("the two running simulations differ: nothing can be compared")
@@ -155,17 +91,59 @@ def measure(
     return {row: times[1:] for row, times in seconds.items()}, matched, starts[1:]
 
 
+def over_all_cores(scenario: Scenario, num: int) -> tuple[Counter[str], Counter[str]]:
+    """Seconds and core-seconds to simulate the same on all cores at once: in branches, and in
+    worlds that nobody ever forks. Each core has a world of either kind, in turns."""
+    num_cores = os.cpu_count() or 1
+    wall_s, core_s = Counter[str](), Counter[str]()
+    with ExitStack() as stack, ThreadPoolExecutor(num_cores) as executor:
+        forked, pure = (
+            [stack.enter_context(World(timeout_s=600)) for _ in range(num_cores)] for _ in range(2)
+        )
+
+        def on_all(call: Callable[..., object], *arguments: Iterable[object]) -> None:
+            list(executor.map(call, *arguments))
+
+        def prepare(world: World, seed: int) -> None:
+            world.reset(scenario, seed)
+            world.drive(FOLLOW, scenario.begin_s + WARM_UP_S)
+
+        def branch(world: World, action: JointAction) -> None:
+            world.branch([action], HORIZON_S, FOLLOW)
+
+        def play(world: World, action: JointAction) -> None:
+            world.play(action, HORIZON_S, FOLLOW)
+
+        on_all(prepare, [*forked, *pure], 2 * list(range(1, num_cores + 1)))
+        # The first round warms up and is not counted.
+        for number in range(num + 1):
+            actions = [_candidate(world.decisions(), number) for world in forked]
+            on_all(World.decisions, pure)
+            ways = [(FORK, branch, forked), (LIVE, play, pure)]
+            for row, way, worlds in ways[:: 1 if number % 2 else -1]:
+                start, used = time.perf_counter(), _core_s(worlds)
+                on_all(way, worlds, actions)
+                if number:
+                    wall_s[row] += time.perf_counter() - start
+                    core_s[row] += _core_s(worlds) - used
+            on_all(play, forked, actions)
+    return wall_s, core_s
+
+
+def _core_s(worlds: Sequence[World]) -> float:
+    """What the worlds and their forks have used so far."""
+    return sum(sum(psutil.Process(world.pid).cpu_times()[:4]) for world in worlds)
+
+
+def _candidate(decisions: Sequence[Decision], number: int) -> JointAction:
+    decision = decisions[number % len(decisions)]
+    return {decision.junction.tls_id: decision.legal[number % len(decision.legal)]}
+
+
 def _order(number: int) -> list[str]:
     """Alternating, and each trial before the execution of what it tries."""
     ours, usual = [FORK, LIVE], [RELOAD, TRACI_LIVE]
     return ours + usual if number % 2 else usual + ours
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """TraCI prints every attempt to connect."""
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-        yield
 
 
 def _print(
@@ -206,6 +184,14 @@ def main() -> None:
         parser.error(f"--num {arguments.num}: expected 1 to {room} for {scenario.name}")
     found = measure(scenario, arguments.num)
     _print(f"{scenario.name}: {arguments.num} candidates, {HORIZON_S:g} s each", *found)
+    wall_s, core_s = over_all_cores(scenario, arguments.num)
+    simulated_s = (os.cpu_count() or 1) * arguments.num * HORIZON_S
+    print(
+        f"all cores at once: {simulated_s / wall_s[FORK]:.0f} simulated seconds per second in "
+        f"branches, {simulated_s / wall_s[LIVE]:.0f} in worlds that are never forked: "
+        f"{wall_s[LIVE] / wall_s[FORK]:.0%} of pure simulation "
+        f"({core_s[LIVE] / core_s[FORK]:.0%} by core-seconds)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """What our generator costs beside plain `LLM.generate` on the same prompts.
 
-Every side runs in a process of its own with the same prompts, samples and tokens: vLLM with its
-defaults, vLLM with our settings, our `Generator` in process, and the same behind a Ray actor.
-Answers are cut at `--tokens`; an untrained model hardly ever ends one earlier, so all sides do the
-same work. Also printed: what one greedy call costs, which the closed loop pays at every decision.
+Every side has a process of its own with the same prompts, samples and tokens: vLLM with its
+defaults, vLLM with our settings, our `Generator` in process, and the same behind a Ray actor. They
+take turns, so that a busy moment falls on all; together they need about 8 GB. A share is what
+offline vLLM takes, with its defaults or with our settings, over what the side takes. Answers are
+cut at `--tokens`; an untrained model hardly ever ends one earlier, so all sides do the same work.
+Also printed: what one greedy call costs, which the closed loop pays at every decision.
 
     python scripts/bench/generate.py --prompts 48 --samples 8
 """
@@ -11,6 +13,7 @@ same work. Also printed: what one greedy call costs, which the closed loop pays 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,8 @@ SIDES = {
     "actor": "Generator, Ray actor",
 }
 GREEDY_PROMPTS = (4, 16, 48)
+MARK = "turn:"
+"""Begins a line that is meant for the parent; libraries print too."""
 
 Call = Callable[[Sequence[Sequence[int]], int, float], None]
 """prompts, samples, temperature."""
@@ -49,37 +55,41 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        print(json.dumps(measure(arguments)))
+        serve(arguments)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = arguments.model or _tiny(Path(folder) / "tiny")
-        rows = {side: _run(side, arguments, model) for side in SIDES}
-    _print(rows, arguments)
+        sides = {side: stack.enter_context(_Side(side, arguments, model)) for side in SIDES}
+        rounds = [
+            {side: process.turn() for side, process in sides.items()}
+            for _ in range(arguments.repeats + 1)
+        ]
+    # The first round warms up.
+    _print(rounds[1:], arguments)
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of a sampling call and of greedy calls, after one warm-up of each."""
+def serve(arguments: argparse.Namespace) -> None:
+    """One turn per line read: seconds of a sampling call and of greedy calls, as JSON."""
     call, close = _open(arguments)
     rng = random.Random(0)
 
-    def seconds(num_prompts: int, num_samples: int, temperature: float) -> list[float]:
-        times = []
-        for _ in range(arguments.repeats + 1):
-            # New prompts every time: an old prompt would be in the prefix cache.
-            prompts = [
-                [rng.randrange(5, 600) for _ in range(arguments.prompt_tokens)]
-                for _ in range(num_prompts)
-            ]
-            start = time.perf_counter()
-            call(prompts, num_samples, temperature)
-            times.append(time.perf_counter() - start)
-        return times[1:]
+    def seconds(num_prompts: int, num_samples: int, temperature: float) -> float:
+        # New prompts every time: an old prompt would be in the prefix cache.
+        prompts = [
+            [rng.randrange(5, 600) for _ in range(arguments.prompt_tokens)]
+            for _ in range(num_prompts)
+        ]
+        start = time.perf_counter()
+        call(prompts, num_samples, temperature)
+        return time.perf_counter() - start
 
     try:
-        return {
-            "sample": seconds(arguments.prompts, arguments.samples, 1.0),
-            "greedy": {str(n): seconds(n, 1, 0.0) for n in GREEDY_PROMPTS},
-        }
+        for _ in sys.stdin:
+            turn = {
+                "sample": seconds(arguments.prompts, arguments.samples, 1.0),
+                **{f"greedy {n}": seconds(n, 1, 0.0) for n in GREEDY_PROMPTS},
+            }
+            print(MARK, json.dumps(turn), flush=True)
     finally:
         close()
 
@@ -157,20 +167,44 @@ def _open_actor(arguments: argparse.Namespace, config: Any) -> tuple[Call, Calla
     return call, ray.shutdown
 
 
-def _run(side: str, arguments: argparse.Namespace, model: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--side", side, "--model", model]
-    for name in ("prompts", "prompt_tokens", "samples", "tokens", "repeats", "threads"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(arguments.threads),
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=900
-    )
-    if done.returncode:
-        raise SystemExit(f"{SIDES[side]} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+class _Side:
+    """A side's process."""
+
+    def __init__(self, side: str, arguments: argparse.Namespace, model: str) -> None:
+        self._name = SIDES[side]
+        command = [sys.executable, __file__, "--side", side, "--model", model]
+        for name in ("prompts", "prompt_tokens", "samples", "tokens", "threads"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed on the way out
+        self._process = subprocess.Popen(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def turn(self) -> dict[str, float]:
+        """Its next seconds, by what was asked."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+        self._errors.seek(0)
+        raise SystemExit(f"{self._name} failed:\n{self._errors.read()[-3000:]}")
+
+    def __enter__(self) -> _Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Nothing more to read ends it.
+        self._process.communicate()
+        self._errors.close()
 
 
 def _tiny(folder: Path) -> str:
@@ -180,33 +214,33 @@ def _tiny(folder: Path) -> str:
     return str(build_tiny(folder, config=TinyModelConfig(), seed=1))
 
 
-def _print(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
+def _print(rounds: Sequence[dict[str, dict[str, float]]], arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(
         title=f"{arguments.prompts} prompts x {arguments.prompt_tokens} tokens x "
-        f"{arguments.samples} samples x {arguments.tokens} tokens, {arguments.threads} thread(s)"
+        f"{arguments.samples} samples x {arguments.tokens} tokens, {arguments.threads} thread(s)",
+        caption=f"medians over {len(rounds)} rounds; shares within a round",
     )
-    columns = (
-        "",
-        "s (median)",
-        "s (min)",
-        "times plain",
-        *(f"greedy {n}, ms" for n in GREEDY_PROMPTS),
-    )
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left")
-    plain = statistics.median(rows["plain"]["sample"])
-    for side, row in rows.items():
-        median = statistics.median(row["sample"])
-        greedy = [1e3 * statistics.median(row["greedy"][str(n)]) for n in GREEDY_PROMPTS]
+    table.add_column("")
+    greedy = [f"greedy {n}" for n in GREEDY_PROMPTS]
+    for column in ("s", "of defaults", "of our settings", *(f"{name}, ms" for name in greedy)):
+        table.add_column(column, justify="right")
+
+    def median(side: str, what: str) -> float:
+        return statistics.median(turns[side][what] for turns in rounds)
+
+    def share(side: str, of: str) -> float:
+        return statistics.median(t[of]["sample"] / t[side]["sample"] for t in rounds)
+
+    for side, name in SIDES.items():
         table.add_row(
-            SIDES[side],
-            f"{median:.3f}",
-            f"{min(row['sample']):.3f}",
-            f"{median / plain:.2f}",
-            *(f"{ms:.0f}" for ms in greedy),
+            name,
+            f"{median(side, 'sample'):.3f}",
+            f"{share(side, 'plain'):.0%}",
+            f"{share(side, 'tuned'):.0%}",
+            *(f"{1e3 * median(side, what):.0f}" for what in greedy),
         )
     Console(width=120).print(table)
 

@@ -1,9 +1,9 @@
-"""Where the seconds of one GRPO step go, and how much of the machine idles meanwhile.
+"""Where the seconds of one GRPO step go, and how busy the machine is meanwhile.
 
 Reads the metrics of a run; without one it makes a short run first, by the command line, with the
 recipe `smoke`. The first step of a stage warms up and is left out. Worlds work side by side, so
-the parts of the rollout may add up to more than its wall time. The idle share is that of the whole
-machine: what else ran on it counts as busy.
+the parts of the rollout may add up to more than its wall time. The busy share is that of the whole
+machine: what else ran on it counts; the core-seconds are the run's own.
 
     python scripts/bench/step.py [--run DIR]
 """
@@ -89,7 +89,7 @@ def _table(stage: str, steps: Sequence[dict[str, Any]]) -> Table:
         table.add_column(column, justify="right")
 
     def add(name: str, seconds: float) -> None:
-        table.add_row(name, f"{seconds:.3f}", f"{seconds / statistics.median(step_s):.0%}")
+        table.add_row(name, f"{seconds:.3f}", f"{seconds / statistics.median(step_s):.1%}")
 
     for key, name in STAGES.items():
         if values := _values(steps, key):
@@ -104,7 +104,9 @@ def _table(stage: str, steps: Sequence[dict[str, Any]]) -> Table:
     table.add_section()
     add("step", statistics.median(step_s))
     if busy := _values(steps, "system/cpu_share"):
-        table.add_row("idle share of the machine (mean)", "", f"{1 - statistics.mean(busy):.0%}")
+        table.add_row("busy core-seconds / (cores x wall)", "", f"{statistics.mean(busy):.1%}")
+    if core_s := _values(steps, "system/processes_core_s"):
+        add("core-seconds of the run itself", statistics.median(core_s))
     return table
 
 
