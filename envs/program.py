@@ -81,7 +81,8 @@ def _own_states(
 
 
 def _append_greens(logic: ET.Element, states: list[str]) -> None:
-    """The program's greens, then those of `states` that it has not, with a yellow between any two.
+    """The program's greens, then those of `states` that it has not, with a yellow where a link
+    loses its green.
 
     Raises:
         StopIteration: the program has no yellow.
@@ -96,7 +97,8 @@ def _append_greens(logic: ET.Element, states: list[str]) -> None:
     for state, following in zip(greens, greens[1:] + greens[:1], strict=True):
         ET.SubElement(logic, "phase", duration="6", state=state)
         change = transition_state(state, following)
-        ET.SubElement(logic, "phase", duration=yellow.get("duration", "3"), state=change)
+        if not is_green(change):
+            ET.SubElement(logic, "phase", duration=yellow.get("duration", "3"), state=change)
 
 
 def write_actuated(net: Path, additional: Path) -> None:

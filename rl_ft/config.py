@@ -83,9 +83,10 @@ class BehaviourConfig(Section):
 class PrepareConfig(Section):
     """Decision states with the teachers' answers."""
 
-    num_states: int = Field(2500, gt=0)
+    num_states: int = Field(2000, gt=0)
     num_eval_states: int = Field(200, ge=0)
-    teachers: tuple[Teacher, ...] = ("max_pressure", "lookahead")
+    teachers: tuple[Teacher, ...] = ("max_pressure",)
+    """One supervised start each, and each is reinforced by itself."""
     tellings: int = Field(5, gt=0)
     """Training rows per state, each with the phases in another order."""
     lookahead_temperature_veh_s: float = Field(6.0, gt=0)
@@ -253,7 +254,7 @@ class CheckConfig(Section):
     More episodes tell smaller differences apart and cost more; a gridlock is worse than any delay.
     """
 
-    every_steps: int = Field(0, ge=0)
+    every_steps: int = Field(50, ge=0)
     """Steps from one check to the next, the start being the first; 0: no checks."""
     scenarios: tuple[str, ...] = Field(("generated:901-904",), min_length=1)
     """None of those that the run is judged on: these choose the model."""
@@ -274,7 +275,8 @@ class EvaluateConfig(Section):
 
     seeds: int = Field(5, gt=0)
     """Simulation seeds 1..n, the same for every policy (paired)."""
-    controllers: tuple[Controller, ...] = ("fixed", "max_pressure", "max_wave", "lookahead")
+    controllers: tuple[Controller, ...] = ("fixed", "max_pressure", "max_wave")
+    """`lookahead`, the bound, takes longer than all others together."""
     baseline: str = "max_pressure"
     num_train_scenarios: int = Field(1, ge=0)
     """Training scenarios that are evaluated beside the held-out ones."""

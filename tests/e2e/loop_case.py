@@ -49,6 +49,7 @@ BASE = (
     "grpo.groups_per_micro_batch=32",
     "grpo.min_entropy=0",
     "grpo.surprise_coef=0",
+    "check.every_steps=0",
     "health.max_failed_share=1",
     "ray.torch_threads=1",
 )
