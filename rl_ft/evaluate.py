@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,18 @@ def evaluate(
     seeds: int,
     baseline: str,
     versus: dict[str, str],
+    players: Mapping[str, Ask] | None = None,
 ) -> dict[str, Any]:
-    """Play everything; `versus` names a further policy to compare a policy with."""
+    """Play everything; `versus` names a further policy to compare a policy with.
+
+    `players` are policies that answer as a model does but are no model folder.
+    """
+    players = players or {}
     jobs = [Job(scenario=name, seed=seed) for name in splits for seed in range(1, seeds + 1)]
     episodes: list[Episode] = []
+    for name, ask in players.items():
+        played = play_model(name, ask, jobs, config)
+        episodes += track(played, f"evaluate {name}", len(jobs))
     for name in controllers:
         played = play_controller(name, jobs, config)
         episodes += track(played, f"evaluate {name}", len(jobs))
@@ -117,7 +125,7 @@ def evaluate(
         (_row(episode, splits) for episode in episodes),
         key=lambda row: (row["policy"], row["scenario"], row["seed"]),
     )
-    policies = [*controllers, *models]
+    policies = [*players, *controllers, *models]
     pairs = [(policy, baseline) for policy in policies if policy != baseline]
     pairs += [pair for pair in versus.items() if pair[1] != baseline]
     return {
