@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,31 +98,44 @@ def evaluate(
     seeds: int,
     baseline: str,
     versus: dict[str, str],
+    players: Mapping[str, Ask] | None = None,
 ) -> dict[str, Any]:
-    """Play everything; `versus` names a further policy to compare a policy with."""
+    """Play everything; `versus` names a further policy to compare a policy with.
+
+    `players` are policies that answer as a model does but are no model folder.
+    """
+    players = players or {}
     jobs = [Job(scenario=name, seed=seed) for name in splits for seed in range(1, seeds + 1)]
-    policies = [*controllers, *models]
+    policies = [*players, *controllers, *models]
 
     def progress(name: str) -> Progress:
         what = f"evaluate {name} ({policies.index(name) + 1} of {len(policies)})"
         return Progress(what, total=len(jobs), unit="episodes")
 
     episodes: list[Episode] = []
+
+    def play(name: str, ask: Ask) -> None:
+        with progress(name) as shown:
+            episodes.extend(
+                play_model(
+                    name,
+                    ask,
+                    jobs,
+                    config,
+                    num_worlds=config.evaluate.num_worlds,
+                    on_played=shown.add,
+                )
+            )
+
+    for name, ask in players.items():
+        play(name, ask)
     for name in controllers:
         with progress(name) as shown:
             episodes += play_controller(name, jobs, config, on_played=shown.add)
     if models:
         with _sampler(config, models) as ask_as:
             for name, path in models.items():
-                with progress(name) as shown:
-                    episodes += play_model(
-                        name,
-                        ask_as(path),
-                        jobs,
-                        config,
-                        num_worlds=config.evaluate.num_worlds,
-                        on_played=shown.add,
-                    )
+                play(name, ask_as(path))
     rows = sorted(
         (_row(episode, splits) for episode in episodes),
         key=lambda row: (row["policy"], row["scenario"], row["seed"]),
