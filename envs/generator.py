@@ -21,9 +21,11 @@ from pathlib import Path
 
 from envs.city import HOUR_S, SLICE_S, City, Crossing, Stream, draw_city, streams
 from envs.errors import UserError
-from envs.program import SATURATION_VPH, add_own_greens, plan_signals, write_actuated
+from envs.program import SATURATION_VPH, plan_signals, write_actuated
 from envs.types import Scenario
 
+DELAY_BOUNDS_S = (12.0, 42.0)
+"""Mean delay that a generated city may have when its signals are actuated."""
 MAX_TRIES = 4
 SHORT_EXIT_M = 90.0
 """A way out shorter than this goes on with a second edge, if the approach beside it has one."""
@@ -54,7 +56,7 @@ def generate(seed: int, directory: Path) -> Scenario:
 def fingerprint() -> str:
     """Name of this way to generate: another one (code or SUMO) never finds the files of this."""
     digest = hashlib.sha256(importlib.metadata.version("eclipse-sumo").encode())
-    for name in ("city.py", "lane_use.py", "program.py", "generator.py"):
+    for name in ("city.py", "program.py", "generator.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()[:8]
 
@@ -111,8 +113,6 @@ def _build(city: City, folder: Path) -> None:
     _build_network(city, net)
     critical_vph = plan_signals(city, net)
     _build_demand(city, net, routes, city.load * SATURATION_VPH / critical_vph)
-    if city.own_greens != "none":
-        add_own_greens(city, net)
 
 
 # Network
@@ -220,7 +220,7 @@ def _build_demand(city: City, net: Path, routes: Path, scale: float) -> None:
 
     Of at most `MAX_TRIES` the one nearest to the bounds stays.
     """
-    low_s, high_s = city.delay_bounds_s
+    low_s, high_s = DELAY_BOUNDS_S
     low, high = 0.0, math.inf
     tried: list[tuple[float, float]] = []
     while len(tried) < MAX_TRIES:

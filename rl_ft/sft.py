@@ -313,8 +313,8 @@ def _arguments(config: Config, work_dir: Path) -> Any:
         lr_scheduler_type="cosine",
         weight_decay=config.sft.weight_decay,
         max_length=None,
-        # By length within random parts of 50 batches: padding halves a step's speed otherwise.
-        train_sampling_strategy="group_by_length",
+        # Not by length: all tellings of a state are equally long and would fill a batch.
+        train_sampling_strategy="random",
         dataset_kwargs={"skip_prepare_dataset": True},
         gradient_checkpointing=on_gpu,
         bf16=config.model.dtype == "bfloat16",
