@@ -53,14 +53,12 @@ def write_report(folder: RunFolder) -> Path:
         undefined=StrictUndefined,
     )
     environment.filters |= {"svg": Markup, "policy": plots.label, "colour": plots.colour}
+    metrics = read_metric_lines(folder.root / "metrics.jsonl")
     html = environment.get_template("report.html").render(
         recipe=folder.config.recipe,
         evaluation=evaluation(_read_json(folder.root / "eval" / "results.json")),
-        training=training(read_metric_lines(folder.root / "metrics.jsonl")),
-        checks=checks(
-            read_metric_lines(folder.root / "metrics.jsonl"),
-            _read_json(folder.root / "metrics.json") or {},
-        ),
+        training=training(metrics),
+        checks=checks(metrics, _read_json(folder.root / "metrics.json") or {}),
         examples=examples(folder.root),
         manifest=manifest(_read_json(folder.root / "manifest.json")),
     )

@@ -15,19 +15,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from step import trained
+from step import make, trained
 
 from rl_ft.monitor import read_metrics
 
-SHORT_RUN = ("--recipe", "smoke", "--set", "evaluate.seeds=1")
 STEP = ("rollout.num_groups=24", "rollout.num_worlds=8", "grpo.num_generations=8")
 """The recipe's own steps are over before an overlap has begun."""
 
@@ -46,22 +43,11 @@ def main() -> None:
         roots = []
         for bound in arguments.staleness.split(","):
             roots.append(Path(place) / bound)
-            make(roots[-1], int(bound), arguments.steps)
+            # Without a fence on the way.
+            ends = (f"grpo.max_steps={arguments.steps}", f"grpo.save_steps={arguments.steps}")
+            ahead = f"rollout.max_staleness={int(bound)}"
+            make(roots[-1], (*STEP, *ends, ahead, "evaluate.seeds=1"))
         show(roots)
-
-
-def make(root: Path, max_staleness: int, num_steps: int) -> None:
-    """A run without a fence on the way."""
-    settings = (
-        *STEP,
-        f"rollout.max_staleness={max_staleness}",
-        f"grpo.max_steps={num_steps}",
-        f"grpo.save_steps={num_steps}",
-    )
-    options = [option for setting in settings for option in ("--set", setting)]
-    command = [sys.executable, "-m", "rl_ft.cli", "run", *SHORT_RUN, *options, "--out", str(root)]
-    if status := subprocess.run(command, check=False).returncode:
-        raise SystemExit(f"the run with max_staleness {max_staleness} ended with status {status}")
 
 
 def show(roots: Sequence[Path]) -> None:

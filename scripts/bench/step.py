@@ -40,7 +40,7 @@ STAGES = {
 WALL = ("time/sync_s", "time/rollout_s", "time/train_s")
 """What a step waits for in turn. The learner hands over its weights before it has written its
 checkpoint and metrics, so its end may overlap with the next rollout."""
-SHORT_RUN = ("--recipe", "smoke", "--set", "grpo.max_steps=8", "--set", "grpo.save_steps=8")
+SHORT_RUN = ("grpo.max_steps=8", "grpo.save_steps=8")
 """The recipe's own two steps would leave one to measure, and each of them writes a checkpoint."""
 
 
@@ -54,10 +54,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "run"
-        command = [sys.executable, "-m", "rl_ft.cli", "run", *SHORT_RUN, "--out", str(root)]
-        if status := subprocess.run(command, check=False).returncode:
-            raise SystemExit(f"the short run ended with status {status}")
+        make(root, SHORT_RUN)
         show(root)
+
+
+def make(root: Path, settings: Sequence[str]) -> None:
+    """A run of the recipe `smoke` with some settings, and no episodes of checks in its steps."""
+    options = [option for s in (*settings, "check.every_steps=0") for option in ("--set", s)]
+    command = [sys.executable, "-m", "rl_ft.cli", "run", "--recipe", "smoke", *options]
+    if status := subprocess.run([*command, "--out", str(root)], check=False).returncode:
+        raise SystemExit(f"the run with {', '.join(settings)} ended with status {status}")
 
 
 def show(root: Path) -> None:

@@ -79,7 +79,8 @@ def configuration(arguments: argparse.Namespace) -> Config:
                 "num_generations": arguments.size,
                 "max_steps": NUM_WARM_UP + arguments.steps,
             },
-            # Nobody is to learn anything here.
+            # Nobody is to learn anything here, and no episode of a check belongs to a step.
+            "check": {"every_steps": 0},
             "health": {"max_invalid_share": 1, "max_zero_variance_share": 1},
         }
     )
