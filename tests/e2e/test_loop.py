@@ -341,26 +341,24 @@ def test_a_toy_reward_is_learnt_by_the_real_path(toy):
 # ---- the gate
 
 
-@pytest.fixture(scope="module")
-def unsynced(prepared, generator, tmp_path_factory):
+def run_unsynced(prepared, root, generator, *settings):
     """The sync does nothing, without a word, from the first step on."""
-
     ray.get(generator.break_after.remote(0))
     try:
-        return run_loop(prepared, tmp_path_factory.mktemp("gate") / "run", generator, *SHORT)
+        return run_loop(prepared, root, generator, *settings)
     finally:
         ray.get(generator.break_after.remote(None))
+
+
+@pytest.fixture(scope="module")
+def unsynced(prepared, generator, tmp_path_factory):
+    return run_unsynced(prepared, tmp_path_factory.mktemp("gate") / "run", generator, *SHORT)
 
 
 @pytest.fixture(scope="module")
 def unsynced_ahead(prepared, generator, tmp_path_factory):
     """The same while rollout and training overlap, where stale rows hide it up to the fence."""
-
-    ray.get(generator.break_after.remote(0))
-    try:
-        return run_loop(prepared, tmp_path_factory.mktemp("fence") / "run", generator, *AHEAD)
-    finally:
-        ray.get(generator.break_after.remote(None))
+    return run_unsynced(prepared, tmp_path_factory.mktemp("fence") / "run", generator, *AHEAD)
 
 
 def test_a_sync_that_does_nothing_stops_an_overlapping_run_at_the_next_fence(unsynced_ahead):
