@@ -1,11 +1,16 @@
-"""What phases are called: A, B, C, ... by their place, in an order that means nothing."""
+"""What phases are called: A, B, C, ... by their place; to learners anything, in any order."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
 from envs.types import Decision
+
+NUM_DRAWN_NAMES = 12
+"""Learners see names from A to the 12th, on any line: a model that knew names by their places could
+not name the eighth green of a junction if it learnt from junctions of four."""
 
 
 def phase_name(index: int) -> str:
@@ -18,20 +23,35 @@ def phase_name(index: int) -> str:
     return letters
 
 
-def renamed(decision: Decision, order: Sequence[int]) -> Decision:
-    """The same decision with its phases in another order: place i holds what was phase order[i].
+def retold(decision: Decision, rng: random.Random) -> tuple[Decision, tuple[int, ...]]:
+    """The decision in a random order and under random names, and what `order` that is.
 
-    Whoever learns from many orders learns that names mean nothing.
+    Place i holds what was phase order[i]. Whoever learns from many such tellings learns to read
+    the traffic of a line and to answer with the name that it ends with.
+    """
+    num = len(decision.junction.phases)
+    order = rng.sample(range(num), num)
+    names = [phase_name(i) for i in range(max(num, NUM_DRAWN_NAMES))]
+    return renamed(decision, order, rng.sample(names, num)), tuple(order)
+
+
+def renamed(decision: Decision, order: Sequence[int], names: Sequence[str]) -> Decision:
+    """The same decision with its phases in another order: place i holds what was phase order[i]
+    and is called names[i].
 
     Raises:
-        ValueError: `order` is not a permutation of the phases.
+        ValueError: `order` is not a permutation of the phases, or `names` are not as many, each
+            another.
     """
     junction, observation = decision.junction, decision.observation
-    if sorted(order) != list(range(len(junction.phases))):
-        raise ValueError(f"{order} is no order of {len(junction.phases)} phases")
+    num = len(junction.phases)
+    if sorted(order) != list(range(num)):
+        raise ValueError(f"{order} is no order of {num} phases")
+    if len(names) != num or len(set(names)) != num:
+        raise ValueError(f"{names} are not {num} different names")
     place = {old: new for new, old in enumerate(order)}
     phases = tuple(
-        replace(junction.phases[old], name=phase_name(new)) for new, old in enumerate(order)
+        replace(junction.phases[old], name=name) for old, name in zip(order, names, strict=True)
     )
     return replace(
         decision,

@@ -79,7 +79,7 @@ class Phase:
     """
 
     name: str
-    """A, B, C, ... by its place; `envs.naming.renamed` puts the phases in another order."""
+    """A, B, C, ... by its place; learners see other names (`envs.naming.retold`)."""
     state: str
     """SUMO signal state, one character per controlled link."""
     lanes: tuple[int, ...]

@@ -1,4 +1,5 @@
-"""From decisions to answers: told with the phases in a random order, asked, parsed.
+"""From decisions to answers: told with the phases in a random order and
+under random names, asked, parsed.
 
 The sampler and the renderer are two small protocols; what an answer is worth is the business of
 `rl_ft.rollout`.
@@ -13,7 +14,7 @@ from typing import Protocol
 
 from envs import dialect
 from envs.controllers import max_pressure
-from envs.naming import renamed
+from envs.naming import retold
 from envs.types import Action, Decision, ParseFailure
 from rl_ft.config import Config
 from rl_ft.types import Completion
@@ -51,7 +52,8 @@ class Render(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Telling:
-    """A decision told with its phases in another order: place i holds the world's `order[i]`."""
+    """A decision told with its phases in another order and under other names: place i holds the
+    world's `order[i]`."""
 
     decision: Decision
     order: tuple[int, ...]
@@ -113,12 +115,11 @@ class Asked:
 
 
 def tell(decision: Decision, rng: random.Random) -> Telling:
-    """In a random order: what a name means changes from question to question."""
-    order = list(range(len(decision.junction.phases)))
-    rng.shuffle(order)
+    """In a random order and under random names: what a name means changes with every question."""
+    told, order = retold(decision, rng)
     return Telling(
-        decision=renamed(decision, order),
-        order=tuple(order),
+        decision=told,
+        order=order,
         reference=order.index(max_pressure(decision).phase),
     )
 

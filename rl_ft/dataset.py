@@ -2,9 +2,9 @@
 
 Walks the training scenarios under mixed behaviour and keeps instants at which the choice matters;
 at each, every legal phase is tried by branching, so a row also says what each would have cost.
-Every state is told several times with its phases in another order, so that what is learnt is to
-read the traffic, not the names. Worlds run in parallel, one per core; the rows do not depend on
-how many.
+Every state is told several times with its phases in another order and under other names, so that
+what is learnt is to read the traffic. Worlds run in parallel, one per core; the rows do not depend
+on how many.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from envs import dialect
 from envs.controllers import CONTROLLERS
 from envs.errors import UserError
-from envs.naming import renamed
+from envs.naming import retold
 from envs.reward import RewardWeights, cost_veh_s
 from envs.scenario import expand, load_scenario
 from envs.types import Action, Decision
@@ -147,14 +147,13 @@ def _walk(config: Config, world: World, name: str, seed: int) -> Iterator[list[R
 
 
 def tell(config: Config, world: World, decision: Decision, rng: random.Random) -> list[Row]:
-    """One state in rows that differ by the order of its phases."""
+    """One state in rows that differ by the order of its phases and their names."""
     costs = _costs(config, world, decision)
-    order = list(range(len(decision.junction.phases)))
     rows = []
     for _ in range(config.prepare.tellings):
-        rng.shuffle(order)
-        told = {order.index(phase): cost for phase, cost in costs.items()}
-        rows.append(_row(config, renamed(decision, order), told))
+        told, order = retold(decision, rng)
+        by_place = {order.index(phase): cost for phase, cost in costs.items()}
+        rows.append(_row(config, told, by_place))
     return rows
 
 

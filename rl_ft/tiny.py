@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from rl_ft.config import TinyModelConfig
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 MAX_INTEGER = 299
 """Integers up to here are one token each; larger ones are their digits."""
@@ -71,6 +72,8 @@ def build_tiny(
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(architecture).to(torch.float32)
         _start_numbers_alike(model.get_input_embeddings().weight, tokenizer)
+        _start_letters_alike(model.get_input_embeddings().weight, tokenizer)
+        _start_by_copying(model)
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -163,6 +166,36 @@ def _start_numbers_alike(embeddings: torch.Tensor, tokenizer: PreTrainedTokenize
             rows = features @ projection / math.sqrt(features.shape[1]) + shared
             rows *= embeddings.std() / rows.std(dim=1, keepdim=True)
             embeddings[torch.tensor([row for _, row in found])] = rows
+
+
+def _start_letters_alike(embeddings: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give the letters that phases are named by a direction in common: whatever attends to one of
+    them attends to all. Rows keep the scale of the others."""
+    import torch
+
+    rows = torch.tensor(tokenizer.convert_tokens_to_ids(list(string.ascii_uppercase)))
+    with torch.no_grad():
+        shared = torch.randn(embeddings.shape[1]) * embeddings.std()
+        embeddings[rows] = (embeddings[rows] + shared) / math.sqrt(2.0)
+
+
+def _start_by_copying(model: Qwen3ForCausalLM) -> None:
+    """Begin with attention that hands on what it attends to, and a head that names it.
+
+    An answer repeats a letter of the prompt. With independent random matrices each letter's way
+    through values, output and head is learnt by itself, and slowly; with the output projection as
+    the transpose of the values' their product is near a multiple of the identity, and a head equal
+    to the embeddings reads the letter off. Nothing is tied: all of it is trained from there.
+    """
+    import torch
+
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.get_input_embeddings().weight)
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            values = attention.v_proj.weight.unflatten(0, (-1, attention.head_dim))
+            of_heads = values.repeat_interleave(attention.num_key_value_groups, dim=0)
+            attention.o_proj.weight.copy_(of_heads.flatten(0, 1).T)
 
 
 def _number_features(n: int) -> list[float]:

@@ -6,6 +6,7 @@ Shared by the tests of rollouts.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from itertools import permutations
 
@@ -20,6 +21,9 @@ from rl_ft.types import Completion
 from rl_ft.worlds import Order, State, Trial, Tried, WorldPool
 
 NUM_WORLDS = 2
+NAMED = re.compile(r" choose ([A-Z]+)$", re.MULTILINE)
+NAMELESS = [f"-{i}" for i in range(10)]
+"""What phases are called of which the prompt says no name, because they may not be chosen."""
 
 Answer = str | Callable[[Decision], int | str]
 
@@ -56,8 +60,15 @@ class Pool:
     def _remember(self, decisions: tuple[Decision, ...] | str) -> None:
         for decision in decisions:
             for order in permutations(range(len(decision.junction.phases))):
-                told = renamed(decision, order)
-                self.decisions[dialect.observation_text(told)] = told
+                told = renamed(decision, order, NAMELESS[: len(order)])
+                self.decisions[NAMED.sub(" choose", dialect.observation_text(told))] = told
+
+    def decision(self, prompt: str) -> Decision:
+        """The decision that a prompt is about, in its order and under its names."""
+        told = self.decisions[NAMED.sub(" choose", prompt)]
+        found = [NAMED.search(line) for line in prompt.splitlines()]
+        names = [name[1] if name else filler for name, filler in zip(found, NAMELESS, strict=False)]
+        return renamed(told, range(len(names)), names)
 
     async def settle(self, orders: Sequence[Order | None]) -> list[Tried | None]:
         self.before_settle()
@@ -88,7 +99,7 @@ class Sampler:
         return sampled + [self._completions(ids, self.answers[:1]) for ids in greedy]
 
     def _completions(self, ids: Sequence[int], answers: Sequence[Answer]) -> list[Completion]:
-        decision = self.worlds.decisions["".join(map(chr, ids))]
+        decision = self.worlds.decision("".join(map(chr, ids)))
         return [self._completion(decision, answer) for answer in answers]
 
     @staticmethod

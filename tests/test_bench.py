@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from grpo_case import model_folder
 
 from envs import dialect
-from envs.naming import renamed
+from envs.naming import retold
 from envs.types import Action, Decision
 from rl_ft.config import Config
 from rl_ft.dataset import state_id
@@ -170,7 +171,7 @@ def assignment(modules, tmp_path):
         decisions = [state for state in pool.states() if isinstance(state, Decision)]
         pool.settle([Trial(phases=d.legal, executed=d.legal[0]) for d in decisions])
     pool.close()
-    told = [renamed(d, range(len(d.junction.phases))[::-1]) for d in decisions]
+    told = [retold(d, random.Random(1))[0] for d in decisions]
     model = str(model_folder(tmp_path))
     renderer = Renderer(model, max_prompt_length=512)
     chats = [dialect.messages(d, instructions=config.model.instructions) for d in told]

@@ -145,6 +145,34 @@ def test_neighbouring_numbers_begin_alike_at_the_scale_of_other_rows(folder):
     assert number[0].std().item() == pytest.approx(rows[ids("a")[0]].std().item(), rel=0.3)
 
 
+def test_names_of_phases_begin_alike_and_apart(folder):
+    import torch
+    from safetensors.torch import load_file
+
+    rows = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    letters = torch.nn.functional.normalize(rows[[ids(name)[0] for name in "ABCDEFGHIJKL"]], dim=1)
+    alike = (letters @ letters.T)[~torch.eye(12, dtype=torch.bool)]
+    assert alike.min() > 0.1
+    assert alike.max() < 0.9
+    assert alike.mean().item() == pytest.approx(0.5, abs=0.15)
+
+
+@pytest.mark.parametrize("num_key_value_heads", [1, 2])
+def test_attention_begins_by_handing_on_what_it_attends_to(tmp_path, num_key_value_heads):
+    import torch
+    from safetensors.torch import load_file
+
+    config = SMALL.model_copy(update={"num_key_value_heads": num_key_value_heads})
+    weights = load_file(build_tiny(tmp_path, config=config, seed=1) / "model.safetensors")
+    assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+    attended = torch.randn(64, 100, generator=torch.Generator().manual_seed(1))
+    for layer in range(SMALL.num_hidden_layers):
+        v, o = (weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "vo")
+        of_heads = (v @ attended).unflatten(0, (num_key_value_heads, SMALL.head_dim))
+        handed_on = o @ of_heads.repeat_interleave(2 // num_key_value_heads, dim=0).flatten(0, 1)
+        assert torch.cosine_similarity(handed_on, attended, dim=0).min() > 0.3
+
+
 def test_the_config_reaches_the_model(folder):
     config = json.loads((folder / "config.json").read_text())
     assert (config["hidden_size"], config["num_hidden_layers"], config["head_dim"]) == (64, 2, 32)
