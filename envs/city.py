@@ -11,14 +11,22 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from envs.lane_use import draw_lane_use, target_lanes
 
 HOUR_S = 3600
 SLICE_S = 300
 """Demand is constant for this long."""
 
+MAIN_PRIORITY = 9
+"""SUMO's rank of a main road; others have less."""
+
 ARTERIAL_EVERY = 6
 """Seeds divisible by this give two junctions in a row, all others one."""
+
+OWN_GREENS_EVERY = 5
+"""Seeds divisible by this give approaches a green of their own, where junctions are simple."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +104,8 @@ class City:
     Otherwise they enter at full speed on the lane that suits their turn."""
     load: float
     """Share of a lane's saturation flow that the busiest lanes of all greens carry together."""
+    own_greens: str
+    """none, main or all: the arms whose approach has a green of its own beside the shared ones."""
 
     def is_link(self, arm: int) -> bool:
         """Whether arm `arm` of a crossing is the road to the other crossing."""
@@ -128,7 +138,7 @@ def draw_city(seed: int) -> City:
     turnarounds = any(
         m.turn == "turnaround" for c in crossings for a in c.arms for m in a.movements
     )
-    return City(
+    city = City(
         seed=seed,
         crossings=crossings,
         layout="incoming" if rng.random() < 0.12 else "opposites",
@@ -139,6 +149,20 @@ def draw_city(seed: int) -> City:
         truck_share=round(rng.uniform(0.0, 0.08), 3),
         late_lanes=rng.random() < 0.5,
         load=round(rng.uniform(0.3, 0.5), 3),
+        own_greens="none",
+    )
+    simple = city.layout == "opposites" and max(len(c.arms) for c in crossings) <= 4
+    return _with_own_greens(rng, city) if simple and seed % OWN_GREENS_EVERY == 0 else city
+
+
+def _with_own_greens(rng: random.Random, city: City) -> City:
+    """Up to eight greens at a junction of four arms; in half of these cities no left yields."""
+    protected = rng.random() < 0.5
+    return replace(
+        city,
+        own_greens=rng.choice(("main", "all", "all")),
+        left_green_s=city.left_green_s or 6,
+        permissive_left_mps=0.0 if protected else city.permissive_left_mps,
     )
 
 
@@ -252,7 +276,7 @@ def _draw_crossing(
                 bearing_deg=bearing,
                 bend_deg=rng.uniform(-25.0, 25.0),
                 speed_mps=main_speed if i in main else minor_speed,
-                priority=9 if i in main else 7,
+                priority=MAIN_PRIORITY if i in main else MAIN_PRIORITY - 2,
                 segments_m=segments,
                 segment_lanes=counts,
                 lanes_out=lanes_out,
@@ -339,7 +363,7 @@ def _draw_movements(
             change, turn = _turn(bearings[arm], bearing)
             exits.append((-change, other, turn))
     exits.sort()
-    layout = _draw_lane_use(rng, lanes[arm], [turn for _, _, turn in exits])
+    layout = draw_lane_use(rng, lanes[arm], [turn for _, _, turn in exits])
     typical = {"through": 3.0, "left": 1.0, "right": 1.0}
     weights = []
     for _, other, turn in exits:
@@ -348,57 +372,7 @@ def _draw_movements(
     total = sum(weights) / (1.0 - u_turns)
     movements = []
     for (_, other, turn), used, weight in zip(exits, layout, weights, strict=True):
-        targets = _target_lanes(len(used), max(lanes[other], len(used)), turn)
+        targets = target_lanes(len(used), max(lanes[other], len(used)), turn)
         pairs = tuple(zip(used, targets, strict=True))
         movements.append(Movement(to_arm=other, turn=turn, lanes=pairs, share=weight / total))
     return tuple(movements)
-
-
-def _target_lanes(num: int, lanes_out: int, turn: str) -> list[int]:
-    """Right turns and through traffic keep to the kerb; left turns to the middle of the road."""
-    if turn == "left":
-        return list(range(lanes_out - num, lanes_out))
-    return list(range(num))
-
-
-def _draw_lane_use(
-    rng: random.Random, num_lanes: int, turns: Sequence[str]
-) -> list[tuple[int, ...]]:
-    """Lanes (from the kerb) of each turn (from the right), so that paths never cross.
-
-    Neighbouring turns may share the lane between them. Drawn from all such layouts, weighted by
-    how common they are.
-    """
-    layouts, weights = [], []
-    for path in _monotone_paths(num_lanes, len(turns)):
-        used = [tuple(lane for lane, t in path if t == i) for i in range(len(turns))]
-        weight = 1.0
-        for turn, own in zip(turns, used, strict=True):
-            if turn != "through" and len(own) > 1:
-                weight *= 0.06 if len(own) == 2 and turns.count("through") == 0 else 0.02
-            if turn == "through" and len(own) == 1 and num_lanes > 1:
-                weight *= 0.5
-        for lane in range(num_lanes):
-            sharing = [turns[i] for i, own in enumerate(used) if lane in own]
-            if len(sharing) > 2 and num_lanes > 1:
-                weight *= 0.1
-            if sharing == ["right"]:
-                weight *= 0.4
-        layouts.append(used)
-        weights.append(weight)
-    return rng.choices(layouts, weights)[0]
-
-
-def _monotone_paths(num_lanes: int, num_turns: int) -> Iterator[tuple[tuple[int, int], ...]]:
-    """All ways to walk from (0, 0) to the last lane and turn by steps of a lane, a turn or both."""
-
-    def walk(path: tuple[tuple[int, int], ...]) -> Iterator[tuple[tuple[int, int], ...]]:
-        lane, turn = path[-1]
-        if (lane, turn) == (num_lanes - 1, num_turns - 1):
-            yield path
-            return
-        for d_lane, d_turn in ((1, 0), (0, 1), (1, 1)):
-            if lane + d_lane < num_lanes and turn + d_turn < num_turns:
-                yield from walk((*path, (lane + d_lane, turn + d_turn)))
-
-    return walk(((0, 0),))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from envs.city import HOUR_S, SLICE_S, City, Crossing, Stream, draw_city, streams
 from envs.errors import UserError
-from envs.program import SATURATION_VPH, plan_signals, write_actuated
+from envs.program import SATURATION_VPH, add_own_greens, plan_signals, write_actuated
 from envs.types import Scenario
 
 DELAY_BOUNDS_S = (12.0, 42.0)
@@ -56,7 +56,7 @@ def generate(seed: int, directory: Path) -> Scenario:
 def fingerprint() -> str:
     """Name of this way to generate: another one (code or SUMO) never finds the files of this."""
     digest = hashlib.sha256(importlib.metadata.version("eclipse-sumo").encode())
-    for name in ("city.py", "program.py", "generator.py"):
+    for name in ("city.py", "lane_use.py", "program.py", "generator.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()[:8]
 
@@ -113,6 +113,8 @@ def _build(city: City, folder: Path) -> None:
     _build_network(city, net)
     critical_vph = plan_signals(city, net)
     _build_demand(city, net, routes, city.load * SATURATION_VPH / critical_vph)
+    if city.own_greens != "none":
+        add_own_greens(city, net)
 
 
 # Network

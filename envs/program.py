@@ -7,10 +7,11 @@ a left shares its lane, and green times by counted traffic. Nothing here runs a 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 
-from envs.city import City, streams
-from envs.signals import green_states
+from envs.city import MAIN_PRIORITY, City, Crossing, streams
+from envs.signals import green_states, transition_state
 
 SATURATION_VPH = 1800.0
 """Vehicles per hour of green on one lane."""
@@ -45,6 +46,58 @@ def plan_signals(city: City, net: Path) -> float:
     ET.indent(root)
     tree.write(net, encoding="UTF-8", xml_declaration=True)
     return critical_vph
+
+
+def add_own_greens(city: City, net: Path) -> None:
+    """A further green for every approach that has one of its own, all of its lanes at once.
+
+    Signals choose freely between greens, so the shared ones stay; in the fixed program each comes
+    after all of them.
+    """
+    tree = ET.parse(net)
+    root = tree.getroot()
+    link_vph = _link_volumes(city)
+    for c, crossing in enumerate(city.crossings):
+        logic = next(logic for logic in root.iter("tlLogic") if logic.get("id") == f"c{c}")
+        links = {
+            int(link.get("linkIndex", "")): link
+            for link in root.iter("connection")
+            if link.get("tl") == logic.get("id")
+        }
+        _append_greens(logic, list(_own_states(city, c, crossing, links)))
+        _yield_in_greens(logic, _requests(root, f"c{c}", "response"))
+        _set_greens(logic, links, link_vph)
+    ET.indent(root)
+    tree.write(net, encoding="UTF-8", xml_declaration=True)
+
+
+def _own_states(
+    city: City, c: int, crossing: Crossing, links: dict[int, ET.Element]
+) -> Iterator[str]:
+    for a, arm in enumerate(crossing.arms):
+        if city.own_greens == "all" or arm.priority == MAIN_PRIORITY:
+            opened = {i for i, link in links.items() if _approach(link) == f"in{c}_{a}_0"}
+            yield "".join("G" if i in opened else "r" for i in range(len(links)))
+
+
+def _append_greens(logic: ET.Element, states: list[str]) -> None:
+    """The program's greens, then those of `states` that it has not, with a yellow where one ends.
+
+    Raises:
+        StopIteration: the program has no yellow.
+    """
+    shown = [phase.get("state", "") for phase in logic]
+    yellow = next(phase for phase in logic if not is_green(phase.get("state", "")))
+    greens = [state for state in shown if is_green(state)]
+    opened = {state.upper() for state in greens}
+    greens += [state for state in states if state.upper() not in opened]
+    for phase in list(logic):
+        logic.remove(phase)
+    for state, following in zip(greens, greens[1:] + greens[:1], strict=True):
+        ET.SubElement(logic, "phase", duration="6", state=state)
+        change = transition_state(state, following)
+        if "y" in change:
+            ET.SubElement(logic, "phase", duration=yellow.get("duration", "3"), state=change)
 
 
 def write_actuated(net: Path, additional: Path) -> None:

@@ -91,10 +91,42 @@ def test_generated_cities_differ(cities):
     assert len(shapes) == len(cities)
 
 
-def test_seeds_divisible_by_six_have_two_junctions(cities):
+def test_every_sixth_city_has_two_junctions(cities):
     assert {seed: len(programs(city.net_file)) for seed, city in cities.items()} == {
         seed: 2 if seed % 6 == 0 else 1 for seed in SEEDS
     }
+
+
+def test_an_approach_with_a_green_of_its_own_has_it_beside_the_shared_ones(tmp_path):
+    shared = replace(draw_city(3), own_greens="none")
+    counts = {}
+    for own in ("none", "main", "all"):
+        folder = tmp_path / own
+        folder.mkdir()
+        generator._build(replace(shared, own_greens=own), folder)
+        [states] = programs(str(folder / generator.NET_NAME))
+        greens = [state for state in states if is_green(state)]
+        assert len({state.upper() for state in greens}) == len(greens)
+        counts[own] = len(greens)
+    assert counts["none"] == 4
+    assert counts["main"] == 6
+    assert counts["all"] == 8
+
+
+def test_demand_does_not_depend_on_further_greens(tmp_path):
+    written = set()
+    for own in ("none", "all"):
+        folder = tmp_path / own
+        folder.mkdir()
+        generator._build(replace(draw_city(3), own_greens=own), folder)
+        written.add((folder / generator.ROUTES_NAME).read_bytes())
+    assert len(written) == 1
+
+
+def test_every_fifth_city_may_have_further_greens():
+    further = {seed for seed in range(1, 97) if draw_city(seed).own_greens != "none"}
+    assert all(seed % 5 == 0 for seed in further)
+    assert len(further) >= 10
 
 
 def test_no_green_turns_red_without_yellow(cities):
