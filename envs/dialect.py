@@ -28,8 +28,9 @@ INSTRUCTIONS = (
     "totals. q: queued vehicles; n, m, f: moving vehicles at 0-50, 50-100 and 100-200 m; w: "
     "seconds the first vehicle has waited (the longest, in totals). yield: must give way. shared: "
     "the lane also has turns that this phase does not open. blocked: it has green, yet its first "
-    "vehicle stands. full: the road behind the junction is full. green: the running phase and its "
-    "seconds. Choose the next phase to keep everyone's delay small. Answer with JSON only, like "
+    "vehicle stands. full: the road behind the junction is full. inside, i: vehicles that stand "
+    "within the junction on the phase's ways. green: the running phase and its seconds. Choose the "
+    "next phase to keep everyone's delay small. Answer with JSON only, like "
     '{"phase": "A"}.'
 )
 
@@ -46,7 +47,7 @@ for a gap or for another turn's green, and nobody behind it gets through."""
 FULL_BELOW = 0.2
 """Share of free space behind the junction below which a phase is called full."""
 
-COUNTS, DURATIONS = "qnmf", "wg"
+COUNTS, DURATIONS = "qnmfi", "wg"
 """Field letters of vehicle counts and of seconds."""
 MAX_COUNT = 99
 
@@ -64,6 +65,7 @@ VOCABULARY: tuple[str, ...] = (
     "empty",
     "full",
     "green",
+    "inside",
     "choose",
     *(f"{letter}{n}" for letter in COUNTS for n in range(MAX_COUNT + 1)),
     *(f"{letter}{n}" for letter in DURATIONS for n in sorted({round_s(s) for s in range(241)})),
@@ -107,6 +109,8 @@ def _phase_text(decision: Decision, index: int) -> str:
         words.append("full")
     if index == observation.current:
         words.append(f"green g{round_s(observation.green_s)}")
+    if observation.inside_veh[index]:
+        words.append(f"inside i{min(observation.inside_veh[index], MAX_COUNT)}")
     words.append(_fields(_total(states)))
     if index in decision.legal:
         words.append(f"choose {phase.name}")
@@ -137,12 +141,12 @@ def _total(states: Sequence[LaneState]) -> LaneState:
 
 
 def _fields(state: LaneState, *, skip_zeros: bool = False) -> str:
-    counts = (state.queue_veh, *state.moving_veh)
-    values = [*(min(n, MAX_COUNT) for n in counts), round_s(state.first_wait_s)]
+    near, mid, far = state.moving_veh
+    counts = {"q": state.queue_veh, "n": near, "m": mid, "f": far}
+    values = {letter: min(count, MAX_COUNT) for letter, count in counts.items()}
+    values["w"] = round_s(state.first_wait_s)
     return " ".join(
-        f"{letter}{value}"
-        for letter, value in zip((*COUNTS, "w"), values, strict=True)
-        if value or not skip_zeros
+        f"{letter}{value}" for letter, value in values.items() if value or not skip_zeros
     )
 
 

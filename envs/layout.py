@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import libsumo
 
@@ -109,10 +109,12 @@ def _phase(
 ) -> Phase:
     opened: dict[int, list[tuple[Turn, bool]]] = defaultdict(list)
     downstream: list[str] = []
+    inside: list[str] = []
     for link, (incoming, outgoing, turn) in directions.items():
         if state[link] in GREEN:
             opened[index[incoming]].append((turn, state[link] == "G"))
             downstream.append(outgoing)
+            inside += _within(incoming, outgoing)
     lanes = tuple(sorted(opened))
     return Phase(
         name=name,
@@ -121,7 +123,19 @@ def _phase(
         turns=tuple(_ordered(turn for turn, _ in opened[lane]) for lane in lanes),
         protected=tuple(all(priority for _, priority in opened[lane]) for lane in lanes),
         downstream=tuple(dict.fromkeys(downstream)),
+        inside=tuple(dict.fromkeys(inside)),
     )
+
+
+def _within(incoming: str, outgoing: str) -> Iterator[str]:
+    """The lanes within the junction from one lane to another, in the order of driving."""
+    lane = incoming
+    while lane != outgoing:
+        lane = next(
+            link[4] or link[0] for link in libsumo.lane.getLinks(lane) if link[0] == outgoing
+        )
+        if lane != outgoing:
+            yield lane
 
 
 def _ordered(turns: Iterable[Turn]) -> tuple[Turn, ...]:

@@ -61,6 +61,7 @@ def renamed(decision: Decision, order: Sequence[int], names: Sequence[str]) -> D
             current=place[observation.current],
             downstream_free=tuple(observation.downstream_free[old] for old in order),
             downstream_queue_veh=tuple(observation.downstream_queue_veh[old] for old in order),
+            inside_veh=tuple(observation.inside_veh[old] for old in order),
         ),
         legal=tuple(sorted(place[old] for old in decision.legal)),
     )

@@ -131,6 +131,7 @@ class Simulation:
             lanes=tuple(state for state, _ in sightings),
             downstream_free=tuple(free for free, _ in space),
             downstream_queue_veh=tuple(queue for _, queue in space),
+            inside_veh=tuple(_halting(phase.inside) for phase in spec.phases),
             current=current,
             green_s=round(self.time_s - self._green_since[spec.tls_id]),
             served_veh=len(served),
@@ -353,6 +354,10 @@ def _downstream(lanes: Sequence[str]) -> tuple[float, int]:
                 for v in present
             )
     return free, queue
+
+
+def _halting(lanes: Sequence[str]) -> int:
+    return sum(libsumo.lane.getLastStepHaltingNumber(lane) for lane in lanes)
 
 
 def _actuated_programs(scenario: Scenario) -> str:

@@ -90,6 +90,8 @@ class Phase:
     """For each of `lanes`: no opened turn has to give way (`G`, not `g`)."""
     downstream: tuple[str, ...] = ()
     """Lanes that the opened links lead into."""
+    inside: tuple[str, ...] = ()
+    """Lanes within the junction on the ways that the opened links take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +126,9 @@ class Observation:
     """For each phase: smallest share of free space on the lanes it leads into, 0..1."""
     downstream_queue_veh: tuple[int, ...]
     """For each phase: vehicles that halt within 50 m behind the junction, where it leads."""
+    inside_veh: tuple[int, ...]
+    """For each phase: vehicles that halt within the junction on its ways, such as left turners that
+    still wait for a gap."""
     current: int
     """Index of the running green phase."""
     green_s: int

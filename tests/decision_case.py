@@ -64,6 +64,7 @@ def observation(
     served: int = 1,
     free: Sequence[float] = (1.0, 1.0, 1.0),
     behind: Sequence[int] = (0, 0, 0),
+    inside: Sequence[int] = (0, 0, 0),
 ) -> Observation:
     """What the junction sees; lanes that are not given are empty."""
     return Observation(
@@ -71,6 +72,7 @@ def observation(
         lanes=(*lanes, *(EMPTY,) * (3 - len(lanes))),
         downstream_free=tuple(free),
         downstream_queue_veh=tuple(behind),
+        inside_veh=tuple(inside),
         current=current,
         green_s=green_s,
         served_veh=served,

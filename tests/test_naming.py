@@ -24,7 +24,7 @@ def test_names_count_like_the_columns_of_a_spreadsheet(index, name):
 def seen():
     return observation(
         lane(3, (1, 0, 0), 20), lane(1, wait_s=45), lane(2, (0, 2, 0)),
-        current=2, green_s=10, free=(0.9, 0.1, 0.5), behind=(0, 3, 1),
+        current=2, green_s=10, free=(0.9, 0.1, 0.5), behind=(0, 3, 1), inside=(2, 0, 1),
     )  # fmt: skip
 
 

@@ -80,6 +80,21 @@ def test_time_tells_when_the_window_is_over(started):
     assert started.time() == (20.0, True)
 
 
+def test_vehicles_that_wait_within_the_junction_belong_to_the_phases_of_their_way(world):
+    world.reset(load_scenario("resco:cologne1"), seed=1)
+    seen = set()
+    for _ in range(120):
+        world.drive("max_wave", world.time()[0] + 5)
+        [decision] = world.decisions()
+        seen.add(decision.observation.inside_veh)
+        ways = [set(phase.inside) for phase in decision.junction.phases]
+        assert all(lane.startswith(":") for way in ways for lane in way)
+    through, left, *_ = ways
+    assert left < through  # its lefts give way within the through phase
+    assert max(max(inside) for inside in seen) > 0
+    assert all(inside[0] >= inside[1] for inside in seen)
+
+
 def test_trips_count_every_vehicle_of_the_window(started):
     started.drive("max_wave", 300)
     trips = started.trips()
