@@ -18,10 +18,14 @@ from envs import dialect
 from envs.types import Decision
 from rl_ft.asking import Render
 from rl_ft.buffer import GroupBuffer
+from rl_ft.cluster import gpu_share
 from rl_ft.config import Config
 from rl_ft.parity import MismatchGate, ParityError
 from rl_ft.types import Completion, RolloutGroup, WeightsRef
 from rl_ft.worlds import Order, State, Tried, WorldPool, shares
+
+LEARNER_AND_GENERATOR = 2
+"""What works on GPUs while GRPO trains."""
 
 
 class RemoteWorlds:
@@ -218,10 +222,18 @@ def start_actors(
     config: Config, model_path: str, scenarios: Sequence[str]
 ) -> tuple[list[Any], Any]:
     """World actors and the generator, with the resources the configuration declares."""
-    generator = GeneratorActor.options(num_cpus=config.ray.cpus_per_generator).remote(
-        model_path, config, config.seed
-    )
+    generator = start_generator(config, model_path, num_gpus=gpu_share(LEARNER_AND_GENERATOR))
     return start_worlds(config, scenarios), generator
+
+
+def start_generator(config: Config, model_path: str, *, num_gpus: float) -> Any:
+    """The generator; of a GPU that it shares it uses its part of the memory."""
+    if 0 < num_gpus < 1:
+        share = config.generation.gpu_memory_utilization * num_gpus
+        generation = config.generation.model_copy(update={"gpu_memory_utilization": share})
+        config = config.model_copy(update={"generation": generation})
+    options = GeneratorActor.options(num_cpus=config.ray.cpus_per_generator, num_gpus=num_gpus)
+    return options.remote(model_path, config, config.seed)
 
 
 def start_worlds(config: Config, scenarios: Sequence[str]) -> list[Any]:

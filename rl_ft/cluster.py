@@ -13,6 +13,17 @@ OBJECT_STORE_BYTES = 2**30
 """Of a private cluster: groups and weights of a laptop's run are far smaller."""
 
 
+def gpu_share(num_holders: int) -> float:
+    """GPUs for each of so many that work at once, in the running session: a whole one where there
+    are enough, else an equal part of one; 0 without any."""
+    import ray
+
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if gpus == 0:
+        return 0.0
+    return 1.0 if gpus >= num_holders else 1.0 / num_holders
+
+
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
     """Connected to Ray inside; a session that is already open is used and left open."""

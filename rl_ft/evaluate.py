@@ -18,7 +18,7 @@ from envs.errors import UserError
 from envs.metrics import gridlock_rate, paired_difference, summarise
 from envs.scenario import expand
 from rl_ft.closed_loop import Ask, Episode, Job, play_controller, play_model
-from rl_ft.cluster import ray_session
+from rl_ft.cluster import gpu_share, ray_session
 from rl_ft.config import Config
 from rl_ft.monitor import write_summary
 from rl_ft.progress import Progress
@@ -161,7 +161,7 @@ def _sampler(config: Config, models: dict[str, Path]) -> Iterator[Callable[[Path
     with ray_session(config):
         import ray
 
-        from rl_ft.actors import GeneratorActor, RemoteAsk
+        from rl_ft.actors import RemoteAsk, start_generator
 
         engines: dict[str, Any] = {}
 
@@ -170,9 +170,7 @@ def _sampler(config: Config, models: dict[str, Path]) -> Iterator[Callable[[Path
             if architecture not in engines:
                 while engines:
                     ray.kill(engines.popitem()[1])
-                engines[architecture] = GeneratorActor.options(
-                    num_cpus=config.ray.cpus_per_generator
-                ).remote(str(path), config, config.seed)
+                engines[architecture] = start_generator(config, str(path), num_gpus=gpu_share(1))
             return engines[architecture]
 
         def ask_as(path: Path) -> Ask:

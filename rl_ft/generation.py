@@ -186,7 +186,7 @@ def _engine_settings(config: Config, *, cuda: bool) -> dict[str, object]:
     }
     if cuda:
         settings |= {
-            "dtype": "bfloat16",
+            "dtype": config.model.dtype,
             "gpu_memory_utilization": generation.gpu_memory_utilization,
         }
     else:

@@ -247,6 +247,7 @@ def run_learner(
     *,
     storage_path: str | Path,
     num_cpus: float,
+    num_gpus: float = 0.0,
     max_failures: int,
     name: str = "learner",
 ) -> Result:
@@ -260,8 +261,12 @@ def run_learner(
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=dict(train_config),
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": num_cpus}),
+        torch_config=TorchConfig(backend="nccl" if num_gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=1,
+            use_gpu=num_gpus > 0,
+            resources_per_worker={"CPU": num_cpus, "GPU": num_gpus},
+        ),
         run_config=RunConfig(
             name=name,
             storage_path=str(storage_path),

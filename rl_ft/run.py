@@ -28,7 +28,7 @@ from typing import Any
 from envs.scenario import expand
 from rl_ft.admission import Admission, staleness
 from rl_ft.check import Checks
-from rl_ft.cluster import ray_session
+from rl_ft.cluster import gpu_share, ray_session
 from rl_ft.config import Config
 from rl_ft.health import HealthMonitor
 from rl_ft.lineage import Lineage
@@ -290,7 +290,7 @@ class GrpoLoop:
 
     def _start_learner(self) -> Future[Any]:
         """Ray Train in a thread of its own; a daemon, so that a failed run can end."""
-        from rl_ft.actors import LearnerLink
+        from rl_ft.actors import LEARNER_AND_GENERATOR, LearnerLink
         from rl_ft.learner import TrainConfig, run_learner
 
         parity = self._config.parity
@@ -308,6 +308,7 @@ class GrpoLoop:
             before_checkpoint=link.await_record,
         )
         future: Future[Any] = Future()
+        num_gpus = gpu_share(LEARNER_AND_GENERATOR)
 
         def work() -> None:
             try:
@@ -316,6 +317,7 @@ class GrpoLoop:
                         train_config,
                         storage_path=self._folder.path(self._stage, "ray").absolute(),
                         num_cpus=self._config.ray.cpus_per_learner,
+                        num_gpus=num_gpus,
                         max_failures=1,
                     )
                 )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError
-from rl_ft.cluster import ray_session
+from rl_ft.cluster import gpu_share, ray_session
 from rl_ft.config import Config
 from rl_ft.monitor import MetricLog, read_metrics
 from rl_ft.progress import Progress
@@ -358,12 +358,11 @@ def _reporter(on_metrics: OnMetrics) -> TrainerCallback:
 
 def _fit(config: Config, jobs: Sequence[TeacherJob], folder: RunFolder) -> None:
     """One Ray Train fit for all jobs, in the running Ray session."""
-    import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    resources = {"CPU": config.ray.cpus_per_learner, **({"GPU": 1} if use_gpu else {})}
+    num_gpus = gpu_share(1)
+    resources = {"CPU": config.ray.cpus_per_learner, "GPU": num_gpus}
     TorchTrainer(
         _worker_loop,
         train_loop_config={
@@ -372,7 +371,7 @@ def _fit(config: Config, jobs: Sequence[TeacherJob], folder: RunFolder) -> None:
             "run_dir": str(folder.root),
         },
         scaling_config=ScalingConfig(
-            num_workers=1, use_gpu=use_gpu, resources_per_worker=resources
+            num_workers=1, use_gpu=num_gpus > 0, resources_per_worker=resources
         ),
         run_config=RunConfig(name="ray", storage_path=str(folder.path("sft").absolute())),
     ).fit()

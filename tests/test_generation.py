@@ -168,7 +168,14 @@ def test_a_greedy_answer_is_asked_for_once(generator):
         generator.generate(prompts(1), num_samples=2, max_tokens=4, temperature=0.0)
 
 
-def test_a_gpu_gets_half_precision_and_chunked_prefill_unless_runs_must_repeat():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_computes_in_the_precision_that_the_trainer_loads(dtype):
+    model = CONFIG.model.model_copy(update={"dtype": dtype})
+    settings = _engine_settings(CONFIG.model_copy(update={"model": model}), cuda=True)
+    assert settings["dtype"] == dtype
+
+
+def test_a_gpu_gets_chunked_prefill_unless_runs_must_repeat():
     free, seeded = (
         CONFIG.model_copy(
             update={"generation": CONFIG.generation.model_copy(update={"reproducible": repeat})}
@@ -176,7 +183,6 @@ def test_a_gpu_gets_half_precision_and_chunked_prefill_unless_runs_must_repeat()
         for repeat in (False, True)
     )
     settings = _engine_settings(free, cuda=True)
-    assert settings["dtype"] == "bfloat16"
     assert not {"enforce_eager", "enable_chunked_prefill"} & settings.keys()
     assert _engine_settings(seeded, cuda=True)["enable_chunked_prefill"] is False
 
