@@ -8,7 +8,8 @@ for.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,10 +45,18 @@ class RemoteWorlds:
 
 
 class RemoteGenerate:
-    """`rl_ft.rollout.Generate` over the generator actor."""
+    """`rl_ft.rollout.Generate` over the generator actor.
 
-    def __init__(self, actor: Any, config: Config) -> None:
+    With `after`, such as weights that are on their way, nothing is sampled before that is done;
+    `waited_s` is how long answers waited for it.
+    """
+
+    def __init__(
+        self, actor: Any, config: Config, *, after: Awaitable[object] | None = None
+    ) -> None:
         self.actor = actor
+        self.waited_s = 0.0
+        self._after = after
         self._max_tokens = config.grpo.max_completion_length
         self._temperature = config.grpo.temperature
         self._seeded = config.generation.reproducible
@@ -61,6 +70,10 @@ class RemoteGenerate:
         greedy: Sequence[Sequence[int]] = (),
     ) -> list[list[Completion]]:
         """Sample; the seed counts only where the configuration asks for identical runs."""
+        if self._after is not None:
+            started = time.perf_counter()
+            await self._after
+            self.waited_s = max(self.waited_s, time.perf_counter() - started)
         return await self.actor.generate.remote(
             [tuple(prompt) for prompt in prompts],
             num_samples=num_samples,

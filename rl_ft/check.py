@@ -71,7 +71,8 @@ class Checks:
     """The checks of one start, also those before a resume; nothing at all if they are off.
 
     Example:
-        await checks.look(50, weights, resumable_from=40)
+        if checks.is_due(50):
+            await checks.look(50, weights, resumable_from=40)
         if checks.on_plateau:
             ...
         better = await checks.choose(averaged=[40, 50])
@@ -121,6 +122,11 @@ class Checks:
         version = max(self._history)
         return f"{self._history[version]} at step {version} (max-pressure {self._reference})"
 
+    def is_due(self, version: int) -> bool:
+        """Whether it is time to check this version and that has not been done."""
+        every = self._settings.every_steps
+        return bool(every) and version % every == 0 and version not in self._history
+
     async def look(
         self,
         version: int,
@@ -128,13 +134,10 @@ class Checks:
         *,
         resumable_from: int,
     ) -> None:
-        """If it is time, check the version that the sampler holds; the best one's weights stay.
+        """Check the version that the sampler holds; the best one's weights stay.
 
         So do those that were the best up to `resumable_from`, the step of the newest checkpoint.
         """
-        every = self._settings.every_steps
-        if not every or version % every or version in self._history:
-            return
         started = time.perf_counter()
         if self._reference is None:
             self._reference = await self._play(f"{self.stage}: {REFERENCE}", self._drive_reference)

@@ -20,7 +20,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -135,20 +135,21 @@ class GrpoLoop:
         number = next_step = 0
         while (published := await self._next_weights(number, learner)) is not None:
             number, ref = published.number, published.weights
-            started = time.perf_counter()
-            await self._generator.load.remote(ref)
-            sync_s = time.perf_counter() - started
+            # Meanwhile the worlds are observed; what samples waits for it.
+            loading = asyncio.ensure_future(self._load(ref))
             self.lineage.load(ref)
             await self._take_metrics()
             if published.begins:
                 self._go_on_from(ref)
                 next_step = ref.version
-            if await self._is_last(ref):
+            if await self._is_last(ref, loading):
+                await loading
                 await self._buffer.end.remote()
                 break
             opened = self._admission.opened(next_step, ref.version)
             for step in opened:
-                await self._collect(step, number, sync_s)
+                await self._collect(step, number, loading)
+            await loading
             next_step = opened.stop
         await self._finish(learner)
         await self._save_model()
@@ -181,12 +182,16 @@ class GrpoLoop:
             ref.digest[:12],
         )
 
-    async def _collect(self, step: int, number: int, sync_s: float) -> None:
-        """The groups of one step, admitted to the buffer, under publication `number`."""
+    async def _load(self, ref: WeightsRef) -> None:
+        await self._generator.load.remote(ref)
+
+    async def _collect(self, step: int, number: int, loading: Awaitable[None]) -> None:
+        """The groups of one step, admitted to the buffer, under publication `number`, whose weights
+        the sampler is loading."""
         from rl_ft.actors import RemoteGenerate, RemoteWorlds
 
         started = time.perf_counter()
-        generate = RemoteGenerate(self._generator, self._config)
+        generate = RemoteGenerate(self._generator, self._config, after=loading)
         parts: list[Collected] = await asyncio.gather(
             *(
                 collect_groups(
@@ -211,8 +216,8 @@ class GrpoLoop:
         values = {
             **metrics(tally),
             **staleness(step, groups),
-            "time/sync_s": sync_s,
-            "time/rollout_s": time.perf_counter() - started,
+            "time/sync_s": generate.waited_s,
+            "time/rollout_s": time.perf_counter() - started - generate.waited_s,
         }
         self._health.observe(step, values)
         self._pending[step + 1] = values
@@ -334,8 +339,8 @@ class GrpoLoop:
             file = self._folder.path(self._stage, "examples.json")
             file.write_text(json.dumps(telling, indent=1), encoding="utf-8")
 
-    async def _is_last(self, ref: WeightsRef) -> bool:
-        """Check what the sampler holds, keep what the final model is the mean of; is it enough?"""
+    async def _is_last(self, ref: WeightsRef, loading: Awaitable[None]) -> bool:
+        """Check what the sampler loads, keep what the final model is the mean of; is it enough?"""
         import ray
 
         from rl_ft.learner import latest_step
@@ -343,8 +348,10 @@ class GrpoLoop:
 
         grpo, version = self._config.grpo, ref.version
         weights = partial(fetch, ref, ray.get)
-        checkpoints = self._folder.path(self._stage, "checkpoints")
-        await self._checks.look(version, weights, resumable_from=latest_step(checkpoints))
+        if self._checks.is_due(version):
+            await loading
+            checkpoints = self._folder.path(self._stage, "checkpoints")
+            await self._checks.look(version, weights, resumable_from=latest_step(checkpoints))
         is_last = version >= grpo.max_steps or self._checks.on_plateau
         is_late = version >= round(grpo.average_from * grpo.max_steps)
         if is_last or (is_late and version % grpo.save_steps == 0):

@@ -84,11 +84,12 @@ class Stage:
     def go(self, *versions: int, resumable_from: int = 0) -> Stage:
         for version in versions:
             self.driver.loaded = version
-            asyncio.run(
-                self.checks.look(
-                    version, lambda: weights(self.driver.loaded), resumable_from=resumable_from
+            if self.checks.is_due(version):
+                asyncio.run(
+                    self.checks.look(
+                        version, lambda: weights(self.driver.loaded), resumable_from=resumable_from
+                    )
                 )
-            )
         return self
 
     def kept(self) -> list[int]:

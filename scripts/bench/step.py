@@ -26,7 +26,7 @@ from rich.table import Table
 from rl_ft.monitor import read_metrics
 
 STAGES = {
-    "time/sync_s": "sync: weights into the sampler",
+    "time/sync_s": "sync: answers wait for weights",
     "time/rollout_s": "rollout",
     "time/observe_s": "  observe",
     "time/generate_s": "  generate",

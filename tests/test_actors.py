@@ -1,0 +1,54 @@
+"""Asking the generator actor: never before the weights that are on their way have arrived."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from rl_ft.actors import RemoteGenerate
+from rl_ft.config import Config
+from rl_ft.weights import WeightsError
+
+LATE_S = 0.05
+
+
+class Generator:
+    """Where an actor's handle would be: notes when it was asked."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.generate = SimpleNamespace(remote=self._generate)
+
+    async def _generate(self, prompts, **settings):
+        self.events.append("asked")
+        return [[] for _ in prompts]
+
+    async def load(self) -> None:
+        await asyncio.sleep(LATE_S)
+        self.events.append("loaded")
+
+    async def fail(self) -> None:
+        await asyncio.sleep(LATE_S)
+        raise WeightsError("arrived altered")
+
+
+async def ask(generator: Generator, arrival) -> RemoteGenerate:
+    remote = RemoteGenerate(generator, Config(), after=asyncio.ensure_future(arrival))
+    await asyncio.gather(*(remote([(1,)], num_samples=2, seed=i) for i in range(2)))
+    return remote
+
+
+def test_what_samples_waits_for_the_weights_and_says_how_long():
+    generator = Generator()
+    remote = asyncio.run(ask(generator, generator.load()))
+    assert generator.events == ["loaded", "asked", "asked"]
+    assert remote.waited_s >= 0.9 * LATE_S
+
+
+def test_nothing_is_sampled_with_weights_that_did_not_arrive():
+    generator = Generator()
+    with pytest.raises(WeightsError, match="arrived altered"):
+        asyncio.run(ask(generator, generator.fail()))
+    assert generator.events == []
