@@ -25,7 +25,7 @@ MAIN_PRIORITY = 9
 ARTERIAL_EVERY = 6
 """Seeds divisible by this give two junctions in a row, all others one."""
 
-OWN_GREENS_EVERY = 5
+OWN_GREENS_EVERY = 10
 """Seeds divisible by this give approaches a green of their own, where junctions are simple."""
 
 
