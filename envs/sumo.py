@@ -337,8 +337,10 @@ def _sight(lane: LaneSpec) -> tuple[LaneState, set[str]]:
 
 
 def _downstream(lanes: Sequence[str]) -> tuple[float, int]:
-    """What is behind the junction: smallest share of free space, and halting vehicles nearby.
+    """What is behind the junction: smallest share of lane that no standing vehicle takes, and
+    halting vehicles nearby.
 
+    Moving vehicles make room: on a lane of ten metres a single one would always leave none.
     A queue further down the road belongs to the next signal. Counting it as pressure, at any
     distance, more than doubles max-pressure's delay on RESCO's cologne8.
     """
@@ -347,12 +349,10 @@ def _downstream(lanes: Sequence[str]) -> tuple[float, int]:
     for lane in lanes:
         present = libsumo.lane.getLastStepVehicleIDs(lane)
         if present:
+            halting = [v for v in present if vehicle.getSpeed(v) < HALTING_MPS]
             room = max(1.0, libsumo.lane.getLength(lane) / VEHICLE_SPACE_M)
-            free = min(free, max(0.0, 1.0 - len(present) / room))
-            queue += sum(
-                vehicle.getLanePosition(v) < NEAR_M and vehicle.getSpeed(v) < HALTING_MPS
-                for v in present
-            )
+            free = min(free, max(0.0, 1.0 - len(halting) / room))
+            queue += sum(vehicle.getLanePosition(v) < NEAR_M for v in halting)
     return free, queue
 
 

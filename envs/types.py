@@ -123,7 +123,8 @@ class Observation:
     lanes: tuple[LaneState, ...]
     """In the order of `JunctionSpec.lanes`."""
     downstream_free: tuple[float, ...]
-    """For each phase: smallest share of free space on the lanes it leads into, 0..1."""
+    """For each phase: smallest share, over the lanes it leads into, that no standing vehicle
+    takes, 0..1."""
     downstream_queue_veh: tuple[int, ...]
     """For each phase: vehicles that halt within 50 m behind the junction, where it leads."""
     inside_veh: tuple[int, ...]

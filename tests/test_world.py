@@ -95,6 +95,18 @@ def test_vehicles_that_wait_within_the_junction_belong_to_the_phases_of_their_wa
     assert all(inside[0] >= inside[1] for inside in seen)
 
 
+def test_vehicles_that_drive_through_a_short_road_do_not_fill_it(world):
+    world.reset(load_scenario("resco:ingolstadt1"), seed=1)  # nine metres behind the junction
+    for _ in range(60):
+        world.drive("max_wave", world.time()[0] + 10)
+        [decision] = world.decisions()
+        seen = decision.observation
+        assert all(
+            standing or free == 1.0
+            for free, standing in zip(seen.downstream_free, seen.downstream_queue_veh, strict=True)
+        )
+
+
 def test_trips_count_every_vehicle_of_the_window(started):
     started.drive("max_wave", 300)
     trips = started.trips()
