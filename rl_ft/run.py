@@ -136,7 +136,7 @@ class GrpoLoop:
         while (published := await self._next_weights(number, learner)) is not None:
             number, ref = published.number, published.weights
             # Meanwhile the worlds are observed; what samples waits for it.
-            loading = asyncio.ensure_future(self._load(ref))
+            loading = asyncio.ensure_future(self._send(ref))
             self.lineage.load(ref)
             await self._take_metrics()
             if published.begins:
@@ -182,7 +182,7 @@ class GrpoLoop:
             ref.digest[:12],
         )
 
-    async def _load(self, ref: WeightsRef) -> None:
+    async def _send(self, ref: WeightsRef) -> None:
         await self._generator.load.remote(ref)
 
     async def _collect(self, step: int, number: int, loading: Awaitable[None]) -> None:
