@@ -42,6 +42,7 @@ RESCO_TIMINGS = {
 }
 
 _RANGE = re.compile(r"generated:(\d+)-(\d+)")
+_REPEATED = re.compile(r"(.+)\*([1-9]\d{0,3})")
 
 
 def default_cache_dir() -> Path:
@@ -76,9 +77,15 @@ def validate_scenario(scenario: Scenario) -> None:
 
 
 def expand(names: Sequence[str]) -> tuple[str, ...]:
-    """The names with every range `generated:1-48` replaced by its members, in order."""
+    """The names with every range `generated:1-48` replaced by its members, in order.
+
+    `resco:cologne1*12` is the same one twelve times, played as often as twelve others.
+    """
     expanded: list[str] = []
     for name in names:
+        if (repeated := _REPEATED.fullmatch(name)) is not None:
+            expanded += expand([repeated[1]]) * int(repeated[2])
+            continue
         match = _RANGE.fullmatch(name)
         if match is None:
             expanded.append(name)

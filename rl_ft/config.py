@@ -26,7 +26,8 @@ class ScenarioConfig(Section):
     """Which traffic worlds a run trains on and which it is judged on."""
 
     train: tuple[str, ...] = ("generated:1-96",)
-    """Scenario names; `generated:1-96` stands for 96 of them."""
+    """Scenario names; `generated:1-96` stands for 96 of them, `my.sumocfg*12` for the same one
+    twelve times."""
     held_out: tuple[str, ...] = ("generated:1001-1002", "resco:cologne1", "resco:ingolstadt1")
 
 

@@ -260,6 +260,15 @@ def test_cache_follows_the_user_environment(monkeypatch, tmp_path):
 # Names
 
 
+def test_a_repeated_name_stands_for_as_many():
+    names = ("generated:1-2*2", "resco:cologne1*3", "my*.sumocfg")
+    assert expand(names) == (
+        *("generated:1", "generated:2") * 2,
+        *("resco:cologne1",) * 3,
+        "my*.sumocfg",
+    )
+
+
 def test_ranges_are_expanded_in_place():
     assert expand(["generated:1-3", "resco:cologne1", "generated:7"]) == (
         "generated:1",
