@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 
 from envs import dialect
@@ -44,6 +45,40 @@ def test_an_episode_is_the_same_whatever_runs_beside_it(smoke_config):
     together = played(smoke_config, [*JOBS, LONGER])
     assert played(smoke_config, [*JOBS, LONGER], num_worlds=1) == together
     assert played(smoke_config, JOBS[1:]) == {JOBS[1]: together[JOBS[1]]}
+
+
+@pytest.mark.parametrize("num_worlds", [1, 2, 3])
+def test_no_more_worlds_run_side_by_side_than_asked_for(smoke_config, num_worlds):
+    running = []
+
+    def ask(decisions):
+        running.append(len(psutil.Process().children()))
+        return like_max_pressure(decisions)
+
+    jobs = [*JOBS, LONGER, *(Job(scenario="generated:1", seed=3, max_s=60.0),) * 2]
+    episodes = play_model(
+        "m", ask, jobs, smoke_config, num_worlds=num_worlds, on_played=lambda share: None
+    )
+    assert [episode.job for episode in episodes]
+    assert max(running) == num_worlds
+
+
+def test_the_same_questions_come_together_every_time(smoke_config):
+    def batches():
+        asked = []
+
+        def ask(decisions):
+            asked.append([d.observation for d in decisions])
+            return like_max_pressure(decisions)
+
+        list(
+            play_model(
+                "m", ask, [*JOBS, LONGER], smoke_config, num_worlds=2, on_played=lambda share: None
+            )
+        )
+        return asked
+
+    assert batches() == batches()
 
 
 def test_a_model_that_answers_like_a_controller_drives_like_it(smoke_config):
