@@ -45,7 +45,8 @@ BLOCKED_AFTER_S = 10
 for a gap or for another turn's green, and nobody behind it gets through."""
 
 FULL_BELOW = 0.2
-"""Share of free space behind the junction below which a phase is called full."""
+"""A phase is called full where standing vehicles leave less than this share of a lane behind the
+junction."""
 
 COUNTS, DURATIONS = "qnmfi", "wg"
 """Field letters of vehicle counts and of seconds."""

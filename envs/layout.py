@@ -131,9 +131,8 @@ def _within(incoming: str, outgoing: str) -> Iterator[str]:
     """The lanes within the junction from one lane to another, in the order of driving."""
     lane = incoming
     while lane != outgoing:
-        lane = next(
-            link[4] or link[0] for link in libsumo.lane.getLinks(lane) if link[0] == outgoing
-        )
+        links = [link for link in libsumo.lane.getLinks(lane) if link[0] == outgoing]
+        lane = links[0][4] or outgoing if links else outgoing
         if lane != outgoing:
             yield lane
 

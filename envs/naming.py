@@ -8,19 +8,21 @@ from dataclasses import replace
 
 from envs.types import Decision
 
+LETTERS = "ABCDEFGHJKLMNOPQRSTUVWXYZ"
+"""Without I, which is a word."""
 NUM_DRAWN_NAMES = 12
 """Learners see names from A to the 12th, on any line: a model that knew names by their places could
 not name the eighth green of a junction if it learnt from junctions of four."""
 
 
 def phase_name(index: int) -> str:
-    """A to Z, then AA, AB, ..."""
-    letters = ""
+    """A to Z without I, then AA, AB, ..."""
+    name = ""
     index += 1
     while index:
-        index, letter = divmod(index - 1, 26)
-        letters = chr(ord("A") + letter) + letters
-    return letters
+        index, letter = divmod(index - 1, len(LETTERS))
+        name = LETTERS[letter] + name
+    return name
 
 
 def retold(decision: Decision, rng: random.Random) -> tuple[Decision, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from envs.city import MAIN_PRIORITY, City, Crossing, streams
@@ -28,23 +29,15 @@ def plan_signals(city: City, net: Path) -> float:
 
     That is the sum over greens of their busiest lane, at the junction where it is largest.
     """
-    tree = ET.parse(net)
-    root = tree.getroot()
     link_vph = _link_volumes(city)
     critical_vph = 0.0
-    for logic in root.iter("tlLogic"):
-        links = {
-            int(link.get("linkIndex", "")): link
-            for link in root.iter("connection")
-            if link.get("tl") == logic.get("id")
-        }
-        junction = logic.get("id", "")
-        if city.left_green_s > 0 and city.layout == "opposites":
-            _add_left_phases(logic, links, _requests(root, junction, "foes"))
-        _yield_in_greens(logic, _requests(root, junction, "response"))
-        critical_vph = max(critical_vph, _set_greens(logic, links, link_vph))
-    ET.indent(root)
-    tree.write(net, encoding="UTF-8", xml_declaration=True)
+    with _rewritten(net) as root:
+        for logic in root.iter("tlLogic"):
+            links = _links(root, logic)
+            if city.left_green_s > 0 and city.layout == "opposites":
+                _add_left_phases(logic, links, _requests(root, logic, "foes"))
+            _yield_in_greens(logic, _requests(root, logic, "response"))
+            critical_vph = max(critical_vph, _set_greens(logic, links, link_vph))
     return critical_vph
 
 
@@ -54,21 +47,32 @@ def add_own_greens(city: City, net: Path) -> None:
     Signals choose freely between greens, so the shared ones stay; in the fixed program each comes
     after all of them.
     """
-    tree = ET.parse(net)
-    root = tree.getroot()
     link_vph = _link_volumes(city)
-    for c, crossing in enumerate(city.crossings):
-        logic = next(logic for logic in root.iter("tlLogic") if logic.get("id") == f"c{c}")
-        links = {
-            int(link.get("linkIndex", "")): link
-            for link in root.iter("connection")
-            if link.get("tl") == logic.get("id")
-        }
-        _append_greens(logic, list(_own_states(city, c, crossing, links)))
-        _yield_in_greens(logic, _requests(root, f"c{c}", "response"))
-        _set_greens(logic, links, link_vph)
-    ET.indent(root)
+    with _rewritten(net) as root:
+        for logic in root.iter("tlLogic"):
+            links = _links(root, logic)
+            c = int(logic.get("id", "").removeprefix("c"))
+            _append_greens(logic, list(_own_states(city, c, city.crossings[c], links)))
+            _yield_in_greens(logic, _requests(root, logic, "response"))
+            _set_greens(logic, links, link_vph)
+
+
+@contextmanager
+def _rewritten(net: Path) -> Iterator[ET.Element]:
+    """The network to change; it is written when all went well."""
+    tree = ET.parse(net)
+    yield tree.getroot()
+    ET.indent(tree)
     tree.write(net, encoding="UTF-8", xml_declaration=True)
+
+
+def _links(root: ET.Element, logic: ET.Element) -> dict[int, ET.Element]:
+    """The connections that a program controls, by their place in its states."""
+    return {
+        int(link.get("linkIndex", "")): link
+        for link in root.iter("connection")
+        if link.get("tl") == logic.get("id")
+    }
 
 
 def _own_states(
@@ -81,13 +85,11 @@ def _own_states(
 
 
 def _append_greens(logic: ET.Element, states: list[str]) -> None:
-    """The program's greens, then those of `states` that it has not, with a yellow where one ends.
-
-    Raises:
-        StopIteration: the program has no yellow.
-    """
+    """The program's greens, then those of `states` that it has not; yellow where a green ends."""
     shown = [phase.get("state", "") for phase in logic]
-    yellow = next(phase for phase in logic if not is_green(phase.get("state", "")))
+    [yellow_s, *_] = [
+        phase.get("duration", "") for phase in logic if not is_green(phase.get("state", ""))
+    ]
     greens = [state for state in shown if is_green(state)]
     opened = {state.upper() for state in greens}
     greens += [state for state in states if state.upper() not in opened]
@@ -97,7 +99,7 @@ def _append_greens(logic: ET.Element, states: list[str]) -> None:
         ET.SubElement(logic, "phase", duration="6", state=state)
         change = transition_state(state, following)
         if "y" in change:
-            ET.SubElement(logic, "phase", duration=yellow.get("duration", "3"), state=change)
+            ET.SubElement(logic, "phase", duration=yellow_s, state=change)
 
 
 def write_actuated(net: Path, additional: Path) -> None:
@@ -124,12 +126,12 @@ def _approach(link: ET.Element) -> str:
     return link.get("from", "")
 
 
-def _requests(root: ET.Element, junction: str, kind: str) -> list[str]:
-    """For each link of a junction a string with 1 at the links of a kind.
+def _requests(root: ET.Element, logic: ET.Element, kind: str) -> list[str]:
+    """For each link of a program's junction a string with 1 at the links of a kind.
 
     `foes` are links that it crosses, `response` those of them that it gives way to.
     """
-    node = next(j for j in root.iter("junction") if j.get("id") == junction)
+    node = next(j for j in root.iter("junction") if j.get("id") == logic.get("id"))
     return [request.get(kind, "")[::-1] for request in node.iter("request")]
 
 

@@ -48,14 +48,14 @@ class RemoteGenerate:
     """`rl_ft.rollout.Generate` over the generator actor.
 
     With `after`, such as weights that are on their way, nothing is sampled before that is done;
-    `waited_s` is how long answers waited for it.
+    `waited_s` is how long each call waited for it.
     """
 
     def __init__(
         self, actor: Any, config: Config, *, after: Awaitable[object] | None = None
     ) -> None:
         self.actor = actor
-        self.waited_s = 0.0
+        self.waited_s: list[float] = []
         self._after = after
         self._max_tokens = config.grpo.max_completion_length
         self._temperature = config.grpo.temperature
@@ -73,7 +73,7 @@ class RemoteGenerate:
         if self._after is not None:
             started = time.perf_counter()
             await self._after
-            self.waited_s = max(self.waited_s, time.perf_counter() - started)
+            self.waited_s.append(time.perf_counter() - started)
         return await self.actor.generate.remote(
             [tuple(prompt) for prompt in prompts],
             num_samples=num_samples,

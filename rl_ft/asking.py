@@ -1,5 +1,4 @@
-"""From decisions to answers: told with the phases in a random order and
-under random names, asked, parsed.
+"""From decisions to answers: told in a random order and under random names, asked, parsed.
 
 The sampler and the renderer are two small protocols; what an answer is worth is the business of
 `rl_ft.rollout`.

@@ -89,7 +89,7 @@ class PrepareConfig(Section):
     teachers: tuple[Teacher, ...] = ("max_pressure",)
     """One supervised start each, and each is reinforced by itself."""
     tellings: int = Field(5, gt=0)
-    """Training rows per state, each with the phases in another order."""
+    """Training rows per state, each with the phases in another order and under other names."""
     lookahead_temperature_veh_s: float = Field(6.0, gt=0)
     """Lookahead's lessons are drawn from softmax(-cost / temperature)."""
     min_queue_veh: int = Field(1, ge=0)
@@ -147,9 +147,9 @@ class RolloutConfig(Section):
     num_groups: int = Field(48, gt=0)
     """Groups per optimiser step: one telling of one decision state each."""
     tellings: int = Field(4, gt=0)
-    """How often a state is told as long as it teaches: each time in a step of its own, in an order
-    of its phases drawn anew, with answers sampled anew. It is simulated once, and if it may be told
-    again over all legal phases."""
+    """How often a state is told as long as it teaches: each time in a step of its own, with the
+    order of its phases, their names and the answers drawn anew. It is simulated once, and if it may
+    be told again over all legal phases."""
     retell_after_steps: float = Field(5.0, ge=0)
     """About how many steps lie between two tellings of a state."""
     num_worlds: int = Field(32, gt=0)
@@ -328,6 +328,18 @@ class Config(Section):
                 f"grpo.beta is {self.grpo.beta:g}, but TRL estimates the KL term from answers that "
                 "the policy gave: set rollout.counterfactuals to false as well"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Config:
+        for key, names in (
+            ("check.scenarios", self.check.scenarios),
+            ("scenarios.held_out", self.scenarios.held_out),
+        ):
+            if len(set(expand(names))) < len(expand(names)):
+                raise ValueError(
+                    f"{key} names a scenario twice, which would count twice: once each"
+                )
         return self
 
     @model_validator(mode="after")

@@ -84,7 +84,8 @@ def collect_states(config: Config) -> list[list[Row]]:
     """
     prepare = config.prepare
     wanted = prepare.num_states + prepare.num_eval_states
-    scenarios = expand(config.scenarios.train)
+    scenarios = list(expand(config.scenarios.train))
+    random.Random(config.seed).shuffle(scenarios)
     num_episodes = math.ceil(SPARE * wanted / prepare.states_per_episode)
     jobs = [(scenarios[i % len(scenarios)], config.seed * 100_003 + i) for i in range(num_episodes)]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

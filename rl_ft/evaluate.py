@@ -37,7 +37,8 @@ def evaluate_run(config: Config, folder: RunFolder) -> None:
         models[f"sft:{start}"] = folder.path("sft", start)
         models[f"grpo:{start}"] = folder.path("grpo", start, "model")
     held_out = expand(config.scenarios.held_out)
-    train = expand(config.scenarios.train)[: config.evaluate.num_train_scenarios]
+    train = list(dict.fromkeys(expand(config.scenarios.train)))
+    train = train[: config.evaluate.num_train_scenarios]
     splits = {**dict.fromkeys(train, "train"), **dict.fromkeys(held_out, "held_out")}
     results = evaluate(
         config,

@@ -247,7 +247,7 @@ def run_learner(
     *,
     storage_path: str | Path,
     num_cpus: float,
-    num_gpus: float = 0.0,
+    num_gpus: float,
     max_failures: int,
     name: str = "learner",
 ) -> Result:
@@ -256,12 +256,11 @@ def run_learner(
     Blocks. Raises `ray.train.TrainingFailedError` with the worker's cause when it gives up.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=dict(train_config),
-        torch_config=TorchConfig(backend="nccl" if num_gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=1,
             use_gpu=num_gpus > 0,

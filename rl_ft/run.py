@@ -136,7 +136,7 @@ class GrpoLoop:
         while (published := await self._next_weights(number, learner)) is not None:
             number, ref = published.number, published.weights
             # Meanwhile the worlds are observed; what samples waits for it.
-            loading = asyncio.ensure_future(self._send(ref))
+            loading = self._generator.load.remote(ref)
             self.lineage.load(ref)
             await self._take_metrics()
             if published.begins:
@@ -182,9 +182,6 @@ class GrpoLoop:
             ref.digest[:12],
         )
 
-    async def _send(self, ref: WeightsRef) -> None:
-        await self._generator.load.remote(ref)
-
     async def _collect(self, step: int, number: int, loading: Awaitable[None]) -> None:
         """The groups of one step, admitted to the buffer, under publication `number`, whose weights
         the sampler is loading."""
@@ -213,12 +210,14 @@ class GrpoLoop:
         tally = Tally()
         for part in parts:
             tally.add(part.tally)
+        sync_s = max(generate.waited_s, default=0.0)
         values = {
             **metrics(tally),
             **staleness(step, groups),
-            "time/sync_s": generate.waited_s,
-            "time/rollout_s": time.perf_counter() - started - generate.waited_s,
+            "time/sync_s": sync_s,
+            "time/rollout_s": time.perf_counter() - started - sync_s,
         }
+        values["time/generate_s"] -= sum(generate.waited_s)
         self._health.observe(step, values)
         self._pending[step + 1] = values
         self._write_examples([example for part in parts for example in part.examples])

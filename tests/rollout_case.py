@@ -21,7 +21,7 @@ from rl_ft.types import Completion
 from rl_ft.worlds import Order, State, Trial, Tried, WorldPool
 
 NUM_WORLDS = 2
-NAMED = re.compile(r" choose ([A-Z]+)$", re.MULTILINE)
+NAMED = re.compile(r" choose (\S+)$", re.MULTILINE)
 NAMELESS = [f"-{i}" for i in range(10)]
 """What phases are called of which the prompt says no name, because they may not be chosen."""
 

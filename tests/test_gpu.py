@@ -64,17 +64,6 @@ def test_trainer_and_sampler_agree_on_a_gpu(folder, dtype):
     assert report.visible_change > BOUNDS[dtype]
 
 
-@pytest.mark.ray
-def test_learner_and_generator_each_have_their_share(ray_cluster):
-    import ray
-
-    from rl_ft.cluster import gpu_share
-
-    num_gpus = ray.cluster_resources()["GPU"]
-    assert gpu_share(1) == 1.0
-    assert gpu_share(2) == (1.0 if num_gpus >= 2 else 0.5)
-
-
 @pytest.mark.e2e
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_the_whole_pipeline_runs_on_a_gpu(tmp_path, dtype):

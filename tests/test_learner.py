@@ -14,6 +14,7 @@ from grpo_case import config, model_folder, ragged_groups
 
 from envs.errors import UserError
 from rl_ft.buffer import TrainingEnded
+from rl_ft.cluster import gpu_share
 from rl_ft.config import Config
 from rl_ft.learner import (
     POINTER_FILE,
@@ -327,6 +328,7 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_weights(ray_cluster, fol
             ),
             storage_path=place / "ray",
             num_cpus=1,
+            num_gpus=gpu_share(1),
             max_failures=1,
         )
         notes = [json.loads(line)[:2] for line in (place / "notes.jsonl").open()]

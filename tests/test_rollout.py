@@ -67,15 +67,19 @@ def test_what_is_tried_and_executed_is_what_the_answers_mean(worlds, config):
 def test_a_group_carries_its_prompt_its_version_and_centred_advantages(worlds, config):
     collected, _ = collect(worlds, config, [first, last])
     for group in collected.groups:
-        told = worlds.decisions["".join(map(chr, group.prompt_ids))]
+        told = worlds.decision("".join(map(chr, group.prompt_ids)))
         assert group.group_id == state_id(told)
         assert group.weights_version == 3
         assert group.valid == (True, True)
         assert sum(group.advantages) == pytest.approx(0.0, abs=1e-9)
 
 
+def both(decision):
+    return " or ".join(phase.name for phase in decision.junction.phases)
+
+
 def test_strict_partial_and_invalid_answers_are_counted(worlds, config):
-    sampler = [first, "A or B", '{"phase": "Q"}', first]
+    sampler = [first, both, '{"phase": "Q"}', first]
     collected, _ = collect(worlds, config, sampler, quota=2)
     values = metrics(collected.tally)
     assert values["format/strict_share"] == 0.5
@@ -117,7 +121,7 @@ def test_a_failed_world_is_counted_and_never_scored(worlds, config):
     collected, _ = collect(worlds, config, [first, last], quota=2)
     counts = collected.tally.counts
     assert counts["failed"] == counts["failed/died"] == 1
-    assert counts["groups"] == NUM_WORLDS * worlds.num_rounds - 1
+    assert counts["groups"] == len(worlds.trials) - 1
     assert metrics(collected.tally)["health/failed_share"] == 1 / (NUM_WORLDS * worlds.num_rounds)
     assert len(collected.groups) == 2
 

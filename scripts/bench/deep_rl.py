@@ -83,8 +83,8 @@ def vector(decision: Decision) -> Vector:
     """What the detectors of a junction see; the last numbers are the mask of legal phases.
 
     Per lane queue, moving vehicles near, mid and far, and the first wait; seconds of green; per
-    phase who stands within the junction, the free space behind it, whether it runs, whether it is
-    legal.
+    phase who stands within the junction, the free share of the road behind it, whether it runs,
+    whether it is legal.
     """
     observation, num_phases = decision.observation, len(decision.junction.phases)
     lanes = [

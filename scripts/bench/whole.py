@@ -52,7 +52,7 @@ ROWS = {
     "reward: branch, or new SUMO processes": ("time/branch_s", "reward_s"),
     "drive on and observe": ("time/observe_s", None),
     "train": ("time/train_s", "train_s"),
-    "weights into the sampler": ("time/sync_s", None),
+    "wait for weights": ("time/sync_s", None),
 }
 """Where a stage's seconds are: in our metrics, and in those of the plain way."""
 OF_EVERY_POOL = ("time/generate_s", "time/branch_s", "time/observe_s")

@@ -45,6 +45,7 @@ BASE = (
     "rollout.num_groups=8",
     "rollout.call_timeout_s=60",
     "generation.reproducible=true",
+    "generation.gpu_memory_utilization=0.4",
     "grpo.num_generations=8",
     "grpo.groups_per_micro_batch=32",
     "grpo.min_entropy=0",
