@@ -1,7 +1,7 @@
 """Plays whole episodes: classical controllers by themselves, models through the dialect.
 
-Models answer in batches: episodes of a policy run side by side, one decision interval at a time.
-Worlds run in threads of this process, whose work happens in their child processes.
+Models answer in batches: all episodes of a policy run side by side, one decision interval at a
+time. Worlds run in threads of this process, whose work happens in their child processes.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import cycle
 
 from envs import dialect
 from envs.controllers import CONTROLLERS, PROGRAMS
@@ -134,42 +133,6 @@ class _Seat:
         self._world.close()
 
 
-class _Table:
-    """Episodes that are asked about together, one decision interval at a time."""
-
-    def __init__(self, policy: str, jobs: Sequence[Job], config: Config, num_seats: int) -> None:
-        self._policy, self._config, self._num_seats = policy, config, num_seats
-        self._waiting = list(jobs)[::-1]
-        self.seats: list[_Seat] = []
-
-    def fill(self, pool: Executor) -> None:
-        """Start episodes on the free seats."""
-        fresh = []
-        while self._waiting and len(self.seats) < self._num_seats:
-            fresh.append(_Seat(self._policy, self._waiting.pop(), self._config))
-            self.seats.append(fresh[-1])
-        list(pool.map(_Seat.start, fresh))
-
-    def answers(self, ask: Ask) -> list[list[str | None]]:
-        """For every seat an answer to each of its decisions that is one."""
-        questions = [d for seat in self.seats for d in seat.decisions if len(d.legal) > 1]
-        texts = iter([completion.text for completion in ask(questions)])
-        return [
-            [next(texts) if len(d.legal) > 1 else None for d in seat.decisions]
-            for seat in self.seats
-        ]
-
-    def advance(self, pool: Executor, answers: Sequence[Sequence[str | None]]) -> float:
-        """Act on the answers; the share of an episode that this was, over all seats."""
-        return sum(pool.map(_Seat.advance, self.seats, answers))
-
-    def clear(self) -> list[Episode]:
-        """The episodes that have ended; their seats are free."""
-        ended = [seat.episode for seat in self.seats if seat.episode]
-        self.seats = [seat for seat in self.seats if not seat.episode]
-        return ended
-
-
 def play_model(
     policy: str,
     ask: Ask,
@@ -181,26 +144,28 @@ def play_model(
 ) -> Iterator[Episode]:
     """Episodes of a model, in the order in which they end; `num_worlds` at most side by side.
 
-    At two tables: while the model is asked about one, the worlds of the other move. Who sits where
-    is fixed, so that the same questions always come together. An invalid answer is counted and
-    replaced by the fallback controller's choice.
+    An invalid answer is counted and replaced by the fallback controller's choice.
     """
-    every = list(jobs)
-    seats = [num for num in ((num_worlds + 1) // 2, num_worlds // 2) if num]
-    tables = [_Table(policy, every[i :: len(seats)], config, num) for i, num in enumerate(seats)]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool, ThreadPoolExecutor(1) as asker:
+    waiting = list(jobs)[::-1]
+    seats: list[_Seat] = []
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         try:
-            asked: dict[_Table, Future[list[list[str | None]]]] = {}
-            for table in cycle(tables):
-                if table in asked:
-                    on_played(table.advance(pool, asked.pop(table).result()))
-                    yield from table.clear()
-                table.fill(pool)
-                if table.seats:
-                    asked[table] = asker.submit(table.answers, ask)
-                elif not asked:
-                    break
+            while waiting or seats:
+                fresh = []
+                while waiting and len(seats) < num_worlds:
+                    fresh.append(_Seat(policy, waiting.pop(), config))
+                    seats.append(fresh[-1])
+                list(pool.map(_Seat.start, fresh))
+                answers = _answers(seats, ask)
+                on_played(sum(pool.map(_Seat.advance, seats, answers)))
+                yield from (seat.episode for seat in seats if seat.episode)
+                seats = [seat for seat in seats if not seat.episode]
         finally:
-            for table in tables:
-                for seat in table.seats:
-                    seat.close()
+            for seat in seats:
+                seat.close()
+
+
+def _answers(seats: Sequence[_Seat], ask: Ask) -> list[list[str | None]]:
+    questions = [d for seat in seats for d in seat.decisions if len(d.legal) > 1]
+    texts = iter([completion.text for completion in ask(questions)])
+    return [[next(texts) if len(d.legal) > 1 else None for d in seat.decisions] for seat in seats]

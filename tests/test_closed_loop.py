@@ -68,24 +68,6 @@ def test_no_more_worlds_run_side_by_side_than_asked_for(smoke_config, num_worlds
     assert max(running) == num_worlds
 
 
-def test_the_same_questions_come_together_every_time(smoke_config):
-    def batches():
-        asked = []
-
-        def ask(decisions):
-            asked.append([d.observation for d in decisions])
-            return like_max_pressure(decisions)
-
-        list(
-            play_model(
-                "m", ask, [*JOBS, LONGER], smoke_config, num_worlds=2, on_played=lambda share: None
-            )
-        )
-        return asked
-
-    assert batches() == batches()
-
-
 def test_a_model_that_answers_like_a_controller_drives_like_it(smoke_config):
     models = played(smoke_config, JOBS)
     for episode in driven(smoke_config, "max_pressure", JOBS):
