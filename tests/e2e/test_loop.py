@@ -19,6 +19,7 @@ from loop_case import (
     wait_for,
 )
 
+from envs.naming import phase_name, renamed
 from rl_ft.parity import NO_OP_SYNC, ParityError
 from rl_ft.weights import digest, read_folder
 
@@ -66,7 +67,8 @@ def twins(prepared, generator, tmp_path_factory):
             prepared,
             folder / name,
             generator,
-            *(*SHORT, *RETOLD, *CHECKED, "grpo.surprise_coef=0.2"),
+            # So fast that the most likely answers change within three steps.
+            *(*SHORT, *RETOLD, *CHECKED, "grpo.surprise_coef=0.2", "grpo.learning_rate=0.03"),
         )
         for name in ("one", "two")
     ]
@@ -289,21 +291,31 @@ def test_an_early_end_leaves_a_model(ended, start_digest):
 
 @pytest.fixture(scope="module")
 def toy(prepared, generator, tmp_path_factory):
-    """Rewarded for the first legal phase; the learner's process is killed on the way."""
+    """Rewarded for the first legal phase; the learner's process is killed on the way.
+
+    Names are by place, for so few steps: to answer A is learnt sooner than to read the first line.
+    """
 
     def kill_the_learner(root, _):
         wait_for(lambda: num_logged(root) >= 6)
         [pid] = train_worker_pids()
         os.kill(pid, signal.SIGKILL)
 
-    return run_loop(
-        prepared,
-        tmp_path_factory.mktemp("toy") / "run",
-        generator,
-        *TOY,
-        score=first_legal,
-        meanwhile=kill_the_learner,
-    )
+    def by_place(decision, rng):
+        num = len(decision.junction.phases)
+        order = rng.sample(range(num), num)
+        return renamed(decision, order, [phase_name(i) for i in range(num)]), tuple(order)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rl_ft.asking.retold", by_place)
+        return run_loop(
+            prepared,
+            tmp_path_factory.mktemp("toy") / "run",
+            generator,
+            *TOY,
+            score=first_legal,
+            meanwhile=kill_the_learner,
+        )
 
 
 def test_a_killed_learner_goes_on_to_the_last_step(toy):
@@ -333,7 +345,7 @@ def test_the_saved_model_is_the_mean_of_the_later_checkpoints(toy):
 def test_a_toy_reward_is_learnt_by_the_real_path(toy):
     earned = toy.values("reward/mean")
     assert toy.values("format/strict_share")[0] > 0.9
-    assert earned[0] < 0.7
+    assert earned[0] < 0.8
     assert min(toy.values("rollout/counterfactual_share")) > 0
     assert sum(earned[-5:]) / 5 > 0.95
 
