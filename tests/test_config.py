@@ -47,3 +47,10 @@ def test_what_chooses_the_model_must_not_judge_it():
     with pytest.raises(ValidationError, match="share generated:902"):
         Config.model_validate({"check": check, "scenarios": judged})
     Config.model_validate({"check": check | {"every_steps": 0}, "scenarios": judged})
+
+
+@pytest.mark.parametrize("section", ["check.scenarios", "scenarios.held_out"])
+def test_what_judges_names_each_scenario_once(section):
+    part, key = section.split(".")
+    with pytest.raises(ValidationError, match=f"{section} names a scenario twice"):
+        Config.model_validate({part: {key: ["generated:5*2"]}})
