@@ -6,6 +6,7 @@ thread; `envs.world` therefore runs this class in a lean child process. Use that
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,13 +126,15 @@ class Simulation:
         before = self._seen.get(spec.tls_id, now)
         served = {v for lane in spec.phases[current].lanes for v in before[lane]} - everywhere
         self._seen[spec.tls_id] = now
+        # Phases share ways through the junction: each is looked at once.
+        halting_veh = functools.cache(libsumo.lane.getLastStepHaltingNumber)
         space = [_downstream(phase.downstream) for phase in spec.phases]
         return Observation(
             time_s=self.time_s,
             lanes=tuple(state for state, _ in sightings),
             downstream_free=tuple(free for free, _ in space),
             downstream_queue_veh=tuple(queue for _, queue in space),
-            inside_veh=tuple(_halting(phase.inside) for phase in spec.phases),
+            inside_veh=tuple(sum(map(halting_veh, phase.inside)) for phase in spec.phases),
             current=current,
             green_s=round(self.time_s - self._green_since[spec.tls_id]),
             served_veh=len(served),
@@ -354,10 +357,6 @@ def _downstream(lanes: Sequence[str]) -> tuple[float, int]:
             free = min(free, max(0.0, 1.0 - len(halting) / room))
             queue += sum(vehicle.getLanePosition(v) < NEAR_M for v in halting)
     return free, queue
-
-
-def _halting(lanes: Sequence[str]) -> int:
-    return sum(libsumo.lane.getLastStepHaltingNumber(lane) for lane in lanes)
 
 
 def _actuated_programs(scenario: Scenario) -> str:

@@ -336,7 +336,8 @@ class Config(Section):
             ("check.scenarios", self.check.scenarios),
             ("scenarios.held_out", self.scenarios.held_out),
         ):
-            if len(set(expand(names))) < len(expand(names)):
+            expanded = expand(names)
+            if len(set(expanded)) < len(expanded):
                 raise ValueError(
                     f"{key} names a scenario twice, which would count twice: once each"
                 )
