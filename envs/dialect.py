@@ -7,7 +7,7 @@ itself what it counts.
 
 Example of a prompt's user message (B runs; both may be chosen):
     south through+right q2 n1 w15, north through empty: q2 n1 m0 f0 w15 choose A
-    south left shared q1 w40, north left empty: green g25 q1 n0 m0 f0 w40 choose B
+    south left shared q1 w40, north left empty: green g25 t10 q1 n0 m0 f0 w40 choose B
 and of an answer:
     {"phase": "A"}
 """
@@ -29,9 +29,9 @@ INSTRUCTIONS = (
     "seconds the first vehicle has waited (the longest, in totals). yield: must give way. shared: "
     "the lane also has turns that this phase does not open. blocked: it has green, yet its first "
     "vehicle stands. full: the road behind the junction is full. inside, i: vehicles that stand "
-    "within the junction on the phase's ways. green: the running phase and its seconds. Choose the "
-    "next phase to keep everyone's delay small. Answer with JSON only, like "
-    '{"phase": "A"}.'
+    "within the junction on the phase's ways. green: the running phase; g: its seconds, t: those "
+    "until the next choice. Choose the next phase to keep everyone's delay small. Answer with JSON "
+    'only, like {"phase": "A"}.'
 )
 
 _SECTORS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
@@ -48,7 +48,7 @@ FULL_BELOW = 0.2
 """A phase is called full where standing vehicles leave less than this share of a lane behind the
 junction."""
 
-COUNTS, DURATIONS = "qnmfi", "wg"
+COUNTS, DURATIONS = "qnmfi", "wgt"
 """Field letters of vehicle counts and of seconds."""
 MAX_COUNT = 99
 
@@ -109,7 +109,8 @@ def _phase_text(decision: Decision, index: int) -> str:
     if observation.downstream_free[index] < FULL_BELOW:
         words.append("full")
     if index == observation.current:
-        words.append(f"green g{round_s(observation.green_s)}")
+        interval_s = decision.timing.decision_interval_s
+        words.append(f"green g{round_s(observation.green_s)} t{round_s(interval_s)}")
     if observation.inside_veh[index]:
         words.append(f"inside i{min(observation.inside_veh[index], MAX_COUNT)}")
     words.append(_fields(_total(states)))

@@ -116,6 +116,7 @@ class Simulation:
             junction=spec,
             observation=observation,
             legal=signals.legal_phases(spec, observation, self.scenario.timing),
+            timing=self.scenario.timing,
         )
 
     def _observe(self, spec: JunctionSpec) -> Observation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from decision_case import JUNCTION, decision, lane, observation
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from envs import dialect
 from envs.dialect import Parsed, answer_text, messages, observation_text, parse, round_s
 from envs.scenario import load_scenario
-from envs.types import Action, ParseFailure
+from envs.types import QUICK_TIMING, Action, ParseFailure, SignalTiming
 from envs.world import World
 
 NAMES = [phase.name for phase in JUNCTION.phases]
@@ -51,8 +52,14 @@ def test_the_text_of_a_decision_is_exactly_this():
         "north left q4 w105: inside i2 q4 n0 m0 f0 w105\n"
         "north right shared blocked q2 n1 f3 w15, north left yield blocked q4 w105, "
         "east through empty: "
-        "green g15 inside i1 q6 n1 m0 f3 w105 choose C"
+        "green g15 t10 inside i1 q6 n1 m0 f3 w105 choose C"
     )
+
+
+@pytest.mark.parametrize(("timing", "word"), [(SignalTiming(), "t10"), (QUICK_TIMING, "t5")])
+def test_the_running_green_says_when_it_is_asked_about_again(timing, word):
+    asked = replace(decision(observation(green_s=30)), timing=timing)
+    assert f"green g30 {word} " in observation_text(asked)
 
 
 @pytest.mark.parametrize(
