@@ -7,6 +7,7 @@ before a simulation sees it; every complaint is one `UserError`.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import os
@@ -71,6 +72,15 @@ def validate_scenario(scenario: Scenario) -> None:
             f"at {scenario.begin_s:g} s: set <begin> and <end> of its .sumocfg."
         )
     check_scenario(scenario)
+
+
+def content_hash(scenario: Scenario) -> str:
+    """Hash of all that decides what a simulation of it does: its files, window and timing."""
+    settings = (scenario.begin_s, scenario.end_s, scenario.step_length_s, scenario.timing)
+    digest = hashlib.sha256(repr(settings).encode())
+    for file in (scenario.net_file, *scenario.route_files, *scenario.additional_files):
+        digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def expand(names: Sequence[str]) -> tuple[str, ...]:

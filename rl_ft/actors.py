@@ -11,16 +11,20 @@ import os
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from envs import dialect
+from envs.scenario import expand
 from envs.types import Decision
 from rl_ft.asking import Render
 from rl_ft.buffer import GroupBuffer
 from rl_ft.cluster import gpu_share
 from rl_ft.config import Config
+from rl_ft.dataset import read_states
+from rl_ft.lookup import LookupPool
 from rl_ft.parity import MismatchGate, ParityError
 from rl_ft.types import Completion, RolloutGroup, WeightsRef
 from rl_ft.worlds import Order, State, Tried, WorldPool, shares
@@ -231,12 +235,10 @@ class LearnerLink:
             raise TimeoutError(f"step {step} was not recorded within {self.WAIT_S:g} s")
 
 
-def start_actors(
-    config: Config, model_path: str, scenarios: Sequence[str]
-) -> tuple[list[Any], Any]:
+def start_actors(config: Config, model_path: str, data: Path) -> tuple[list[Any], Any]:
     """World actors and the generator, with the resources the configuration declares."""
-    generator = start_generator(config, model_path, num_gpus=gpu_share(LEARNER_AND_GENERATOR))
-    return start_worlds(config, scenarios), generator
+    worlds = start_worlds(config, data)
+    return worlds, start_generator(config, model_path, num_gpus=gpu_share(LEARNER_AND_GENERATOR))
 
 
 def start_generator(config: Config, model_path: str, *, num_gpus: float) -> Any:
@@ -249,21 +251,27 @@ def start_generator(config: Config, model_path: str, *, num_gpus: float) -> Any:
     return options.remote(model_path, config, config.seed)
 
 
-def start_worlds(config: Config, scenarios: Sequence[str]) -> list[Any]:
-    """World actors that share `rollout.num_worlds` simulations."""
+def start_worlds(config: Config, data: Path) -> list[Any]:
+    """World actors that share `rollout.num_worlds` simulations of the training scenarios; with
+    `rollout.offline` actors that share the decision states of the dataset in `data`."""
     settings = config.ray
-    num_worlds = shares(config.rollout.num_worlds, settings.num_world_actors)
+    if config.rollout.offline:
+        states = sorted(read_states(data), key=lambda state: state.id)
+        num = min(settings.num_world_actors, len(states))
+        kind, works = LookupActor, [(states[i::num],) for i in range(num)]
+    else:
+        scenarios = expand(config.scenarios.train)
+        kind, works = WorldActor, [(config, scenarios)] * settings.num_world_actors
+    num_worlds = shares(config.rollout.num_worlds, len(works))
     return [
-        WorldActor.options(num_cpus=settings.cpus_per_world_actor).remote(
-            config,
-            list(scenarios),
-            seed=config.seed * 1_000 + i,
-            num_worlds=share,
+        kind.options(num_cpus=settings.cpus_per_world_actor).remote(
+            *work, seed=config.seed * 1_000 + i, num_worlds=share
         )
-        for i, share in enumerate(num_worlds)
+        for i, (work, share) in enumerate(zip(works, num_worlds, strict=True))
     ]
 
 
 WorldActor = ray.remote(WorldPool)
+LookupActor = ray.remote(LookupPool)
 GeneratorActor = ray.remote(GeneratorService)
 BufferActor = ray.remote(num_cpus=0)(BufferService)

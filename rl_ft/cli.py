@@ -44,6 +44,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+data = typer.Typer(help="Look after datasets.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
 Recipe = Annotated[
     str | None,
     typer.Option(help="Shipped recipe or YAML file; default: the folder's own, else tiny-cpu."),
@@ -214,6 +217,20 @@ def doctor(recipe: Recipe = None, overrides: Set = None, seed: Seed = None) -> N
     from rl_ft.doctor import examine
 
     if not examine(_console(), config):
+        raise typer.Exit(1)
+
+
+@data.command("check")
+def data_check(
+    directory: Annotated[Path, typer.Argument(help="A dataset, such as the folder data of a run.")],
+    rows: Annotated[int, typer.Option(min=1, help="How many decision states to go back to.")] = 20,
+    seed: Annotated[int, typer.Option(help="Draws which.")] = 1,
+) -> None:
+    """Read every row, go back to some of the states, and compare what is measured there."""
+    from rl_ft.listing import show_replayed
+    from rl_ft.replay import check_dataset
+
+    if not show_replayed(_console(), check_dataset(directory, num_rows=rows, seed=seed)):
         raise typer.Exit(1)
 
 

@@ -84,6 +84,8 @@ class BehaviourConfig(Section):
 class PrepareConfig(Section):
     """Decision states with the teachers' answers."""
 
+    dataset: str | None = None
+    """A folder with a dataset, as a run's `data/`: used as it is, nothing is collected."""
     num_states: int = Field(2000, gt=0)
     num_eval_states: int = Field(200, ge=0)
     teachers: tuple[Teacher, ...] = ("max_pressure",)
@@ -144,6 +146,11 @@ class RewardConfig(Section):
 class RolloutConfig(Section):
     """How groups are made."""
 
+    offline: bool = False
+    """Take instants and what they lead to from the dataset in `data/`: no simulation runs while the
+    model trains. `num_worlds` is then how many instants are asked about at once, and what drives
+    worlds (`behaviour`, `max_pause`, `episode_s`, `warm_up_s`, `min_queue_veh`) counts for
+    nothing."""
     num_groups: int = Field(48, gt=0)
     """Groups per optimiser step: one telling of one decision state each."""
     tellings: int = Field(4, gt=0)

@@ -1,211 +1,365 @@
-"""Decision states with the teachers' answers: what the supervised start learns from.
+"""Decision states and lessons on disk: JSONL and JSON files with a manifest that vouches for them.
 
-Walks the training scenarios under mixed behaviour and keeps instants at which the choice matters;
-at each, every legal phase is tried by branching, so a row also says what each would have cost.
-Every state is told several times with its phases in another order and under other names, so that
-what is learnt is to read the traffic. Worlds run in parallel, one per core; the rows do not depend
-on how many.
+A folder holds `grpo.jsonl` (a row per decision state: prompt, every legal answer with its measured
+outcome, and the way back to the instant), `sft_<teacher>.jsonl` (chats that end with the teacher's
+answer), `eval_<teacher>.jsonl` (the same of states that nobody trains on), `junctions.json` and
+`manifest.json`. Each JSONL file but the last has a twin that is one JSON array. A folder appears
+whole or not at all, and whoever reads it hears of the first file and row that is not as written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
-import math
-import os
-import random
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from envs import dialect
-from envs.controllers import CONTROLLERS
+from envs.controllers import max_pressure
 from envs.errors import UserError
-from envs.naming import retold
-from envs.reward import RewardWeights, cost_veh_s
-from envs.scenario import expand, load_scenario
-from envs.types import Action, Decision
-from envs.world import World
+from envs.scenario import content_hash, load_scenario
+from envs.types import (
+    Action,
+    Decision,
+    JunctionSpec,
+    Observation,
+    Outcome,
+    SignalTiming,
+)
 from rl_ft.config import Config
-from rl_ft.progress import track
-from rl_ft.run_folder import RunFolder
-from rl_ft.tiny import build_tiny
-from rl_ft.worlds import draw_driver, worth_asking
+from rl_ft.lessons import lessons
+from rl_ft.states import DecisionState, Leg
 
-log = logging.getLogger(__name__)
-
-Row = dict[str, Any]
-
-SPARE = 1.25
-"""Episodes beyond what is wanted: light traffic gives fewer states that matter than asked for."""
+SCHEMA_VERSION = 1
+GRPO_FILE = "grpo.jsonl"
+JUNCTIONS_FILE = "junctions.json"
+MANIFEST_FILE = "manifest.json"
 
 
-def prepare(config: Config, folder: RunFolder) -> None:
-    """Write the base model to `model/` and the teachers' rows to `data/`."""
-    prepare_model(config, folder.path("model"))
-    data = folder.path("data")
-    data.mkdir(exist_ok=True)
-    states = collect_states(config)
-    train, held_back = states[: config.prepare.num_states], states[config.prepare.num_states :]
-    lessons = [row for tellings in train for row in tellings]
-    temperature = config.prepare.lookahead_temperature_veh_s
+class _Record(BaseModel):
+    """Strict about names; a number that is none is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+_Row = TypeVar("_Row", bound=_Record)
+
+
+class Candidate(_Record):
+    """A legal answer and what it leads to."""
+
+    answer: str
+    phase: int
+    outcome: Outcome
+
+
+class GrpoRow(_Record):
+    """One decision state as a row.
+
+    `prompt` and `candidates` tell it with its phases in the order of the junction; `way` and `seed`
+    lead back to it. What the junction is like stands in `junctions.json`.
+    """
+
+    id: str
+    scenario: str
+    seed: int
+    time_s: float
+    junction: str
+    way: tuple[Leg, ...]
+    prompt: tuple[dict[str, str], ...]
+    candidates: tuple[Candidate, ...]
+    max_pressure: str
+    """What max-pressure answers."""
+    observation: Observation
+
+
+class SftRow(_Record):
+    """A chat that ends with a teacher's answer; TRL's conversational format.
+
+    Example:
+        SftRow(id="generated:3/100004/320/J0",
+               messages=({"role": "user", "content": "..."},
+                         {"role": "assistant", "content": '{"phase": "D"}'}),
+               legal_answers=('{"phase": "B"}', '{"phase": "D"}'),
+               cost_veh_s={'{"phase": "B"}': 611.0, '{"phase": "D"}': 572.5})
+    """
+
+    id: str
+    messages: tuple[dict[str, str], ...] = Field(min_length=2)
+    legal_answers: tuple[str, ...]
+    cost_veh_s: dict[str, float]
+
+    @property
+    def prompt(self) -> tuple[dict[str, str], ...]:
+        """The chat up to the answer."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        """What the teacher says."""
+        return self.messages[-1]["content"]
+
+    def answered(self, answer: str) -> SftRow:
+        """The same chat with another answer."""
+        last = {**self.messages[-1], "content": answer}
+        return self.model_copy(update={"messages": (*self.prompt, last)})
+
+
+class Place(_Record):
+    """What the decision states of a scenario share."""
+
+    timing: SignalTiming
+    junctions: dict[str, JunctionSpec]
+
+
+class FileEntry(_Record):
+    """What a file must be."""
+
+    sha256: str
+    rows: int
+
+
+class Manifest(_Record):
+    """Where a dataset comes from and what it consists of."""
+
+    schema_version: int
+    decision_format: Literal["phase"]
+    seed: int
+    rl_ft: str
+    sumo: str
+    """Version that measured: another one may drive differently."""
+    horizon_s: float
+    follow: str
+    scenarios: dict[str, str]
+    """Hash of each scenario's files (`envs.scenario.content_hash`)."""
+    files: dict[str, FileEntry]
+
+
+def write_dataset(
+    directory: Path, states: Sequence[DecisionState], num_held_back: int, config: Config
+) -> None:
+    """Write the folder; the last `num_held_back` states become evaluation rows alone."""
+    num = len(states) - num_held_back
+    train, held_back = states[:num], states[num:]
+    aside = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    files = {GRPO_FILE: _write(aside / GRPO_FILE, (_grpo_line(s, config) for s in train))}
     for teacher in config.prepare.teachers:
-        taught = soften(lessons, temperature, config.seed) if teacher == "lookahead" else lessons
-        _write_rows(data / f"sft_{teacher}.jsonl", taught, teacher)
-        _write_rows(data / f"eval_{teacher}.jsonl", [first for first, *_ in held_back], teacher)
-    log.info("prepared %d training and %d evaluation states", len(train), len(held_back))
+        name = f"sft_{teacher}.jsonl"
+        rows = (lessons(s, teacher, config, num=config.prepare.tellings) for s in train)
+        files[name] = _write(aside / name, (json.dumps(row) for part in rows for row in part))
+        held = (lessons(s, teacher, config, num=1, soften=False) for s in held_back)
+        name = f"eval_{teacher}.jsonl"
+        files[name] = _write(aside / name, (json.dumps(row) for part in held for row in part))
+    for name in [name for name in files if not name.startswith("eval_")]:
+        lines = (aside / name).read_text(encoding="utf-8").splitlines()
+        twin = aside / name.replace(".jsonl", ".json")
+        twin.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+        files[twin.name] = FileEntry(sha256=_sha256(twin), rows=len(lines))
+    (aside / JUNCTIONS_FILE).write_text(_places(states), encoding="utf-8")
+    files[JUNCTIONS_FILE] = FileEntry(sha256=_sha256(aside / JUNCTIONS_FILE), rows=1)
+    names = sorted({state.decision.scenario for state in states})
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        decision_format="phase",
+        seed=config.seed,
+        rl_ft=version("rl-ft"),
+        sumo=version("eclipse-sumo"),
+        horizon_s=config.reward.horizon_s,
+        follow=config.reward.follow,
+        scenarios={name: content_hash(load_scenario(name)) for name in names},
+        files=files,
+    )
+    (aside / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
+    shutil.rmtree(directory, ignore_errors=True)
+    aside.rename(directory)
 
 
-def prepare_model(config: Config, directory: Path) -> Path:
-    """The policy's starting point as a Hugging Face folder: built, or copied from where it is.
+def adopt_dataset(source: Path, directory: Path, config: Config) -> Manifest:
+    """Copy a dataset, once every row of it has been read.
 
     Raises:
-        UserError: `model.name_or_path` is not `tiny` and not a model folder.
+        UserError: it is not as it was written, or lacks what the configuration asks for.
     """
-    name = config.model.name_or_path
-    if name == "tiny":
-        return build_tiny(directory, config=config.model.tiny, seed=config.seed)
-    source = Path(name)
-    if not (source / "config.json").is_file():
+    manifest = read_manifest(source)
+    read_states(source)
+    for teacher in config.prepare.teachers:
+        for file in (source / f"sft_{teacher}.jsonl", source / f"eval_{teacher}.jsonl"):
+            read_lessons(file)
+    measured = {"horizon_s": manifest.horizon_s, "follow": manifest.follow}
+    for key, value in measured.items():
+        wanted = getattr(config.reward, key)
+        if value != wanted:
+            raise UserError(
+                f"the outcomes in {source} were measured with {key} {value}, reward.{key} is "
+                f"{wanted}: --set reward.{key}={value}"
+            )
+    aside = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(source, aside)
+    shutil.rmtree(directory, ignore_errors=True)
+    aside.rename(directory)
+    return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a dataset of this version.
+
+    Raises:
+        UserError: there is none, it is not readable, or it is of another version.
+    """
+    file = directory / MANIFEST_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = content["schema_version"]
+        if found != SCHEMA_VERSION:
+            raise UserError(
+                f"{file} is of schema version {found}, this rl-ft reads version {SCHEMA_VERSION}: "
+                "write the dataset anew with `rl-ft prepare`"
+            )
+        return Manifest.model_validate(content)
+    except FileNotFoundError:
         raise UserError(
-            f"model.name_or_path is {name!r}: expected 'tiny' or a folder with config.json, "
-            "weights and tokenizer; download a Hugging Face model to a folder first"
-        )
-    shutil.copytree(source, directory, dirs_exist_ok=True)
-    return directory
+            f"{directory} holds no dataset: expected {MANIFEST_FILE} in it, as `rl-ft prepare` "
+            "writes it to the folder data of a run"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a dataset's manifest: {_sentence(error)}") from error
 
 
-def collect_states(config: Config) -> list[list[Row]]:
-    """All decision states, shuffled by the seed; as many as training and evaluation ask for.
+def read_states(directory: Path) -> list[DecisionState]:
+    """The decision states of a dataset, in the order of its rows.
 
-    Each is `prepare.tellings` rows about one instant.
+    Raises:
+        UserError: the first thing that is not as it was written, by file and row.
     """
-    prepare = config.prepare
-    wanted = prepare.num_states + prepare.num_eval_states
-    scenarios = list(expand(config.scenarios.train))
-    random.Random(config.seed).shuffle(scenarios)
-    num_episodes = math.ceil(SPARE * wanted / prepare.states_per_episode)
-    jobs = [(scenarios[i % len(scenarios)], config.seed * 100_003 + i) for i in range(num_episodes)]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        episodes = pool.map(lambda job: _episode_states(config, *job), jobs)
-        shown = track(episodes, "decision states", total=len(jobs), unit="episodes")
-        states = [state for part in shown for state in part]
-    if len(states) < wanted:
+    manifest = read_manifest(directory)
+    rows = _read(directory / GRPO_FILE, GrpoRow, manifest)
+    file = directory / JUNCTIONS_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        places = {name: Place.model_validate(place) for name, place in content.items()}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not readable: {_sentence(error)}") from error
+    check_file(file, manifest, num_rows=1)
+    if not rows:
+        raise UserError(f"{directory / GRPO_FILE} holds no rows; raise prepare.num_states")
+    return [_state(row, places[row.scenario]) for row in rows]
+
+
+def read_lessons(file: Path) -> list[SftRow]:
+    """The rows of an `sft_` or `eval_` file, which lies beside its manifest; none may be there.
+
+    Raises:
+        UserError: the first thing that is not as it was written, by file and row.
+    """
+    return _read(file, SftRow, read_manifest(file.parent))
+
+
+def check_file(file: Path, manifest: Manifest, *, num_rows: int | None = None) -> None:
+    """Raise a `UserError` unless the file is, byte for byte, what the manifest says."""
+    entry = manifest.files.get(file.name)
+    if entry is None:
+        raise UserError(f"{file} is not in the manifest beside it, which lists {_names(manifest)}")
+    if num_rows is not None and num_rows != entry.rows:
+        raise UserError(f"{file} ends after row {num_rows}, its manifest says {entry.rows} rows")
+    if not file.is_file() or _sha256(file) != entry.sha256:
         raise UserError(
-            f"the training scenarios gave {len(states)} decision states that matter, "
-            f"{wanted} are wanted; lower prepare.num_states or prepare.min_queue_veh"
+            f"{file} is not what was written: its SHA-256 differs from the one in {MANIFEST_FILE}"
         )
-    random.Random(config.seed).shuffle(states)
-    return states[:wanted]
 
 
-def soften(rows: Sequence[Row], temperature_veh_s: float, seed: int) -> list[Row]:
-    """The rows with lookahead's answers drawn from softmax(-cost / temperature).
-
-    Where all phases cost nearly the same, the cheapest is decided by chance: to insist on it would
-    teach noise, and leave nothing to explore.
-    """
-    rng = random.Random(seed)
-    softened = []
-    for row in rows:
-        costs = list(row["cost_veh_s"].values())
-        weights = [math.exp((min(costs) - cost) / temperature_veh_s) for cost in costs]
-        [answer] = rng.choices(row["legal_answers"], weights=weights)
-        softened.append({**row, "answers": {**row["answers"], "lookahead": answer}})
-    return softened
-
-
-def _episode_states(config: Config, name: str, seed: int) -> list[list[Row]]:
-    with World(timeout_s=config.rollout.call_timeout_s) as world:
-        return list(_walk(config, world, name, seed))
-
-
-def _walk(config: Config, world: World, name: str, seed: int) -> Iterator[list[Row]]:
-    prepare = config.prepare
-    rng = random.Random(f"{name}/{seed}")
-    scenario = load_scenario(name)
-    world.reset(scenario, seed)
-    time_s = scenario.begin_s
-    driver, driver_until_s = draw_driver(prepare.behaviour, rng), time_s
-    warm_s = time_s + prepare.warm_up_s
-    gap_s = (scenario.end_s - warm_s) / (prepare.states_per_episode + 1)
-    next_s = warm_s
-    found = 0
-    while time_s < scenario.end_s and found < prepare.states_per_episode:
-        if time_s >= driver_until_s:
-            driver = draw_driver(prepare.behaviour, rng)
-            driver_until_s = time_s + prepare.behaviour.swap_interval_s
-        if time_s >= next_s:
-            worthy = [d for d in world.decisions() if worth_asking(d, prepare.min_queue_veh)]
-            if worthy:
-                yield tell(config, world, rng.choice(worthy), rng)
-                found += 1
-                next_s = time_s + rng.uniform(0.5, 1.5) * gap_s
-        world.drive(driver, time_s + 1)
-        time_s, _ = world.time()
+def _grpo_line(state: DecisionState, config: Config) -> str:
+    decision = state.decision
+    row = GrpoRow(
+        id=state.id,
+        scenario=decision.scenario,
+        seed=decision.seed,
+        time_s=decision.observation.time_s,
+        junction=decision.junction.tls_id,
+        way=state.way,
+        prompt=tuple(dialect.messages(decision, instructions=config.model.instructions)),
+        candidates=tuple(
+            Candidate(
+                answer=dialect.answer_text(decision, Action(phase=phase)),
+                phase=phase,
+                outcome=outcome,
+            )
+            for phase, outcome in state.outcomes.items()
+        ),
+        max_pressure=dialect.answer_text(decision, max_pressure(decision)),
+        observation=decision.observation,
+    )
+    return row.model_dump_json()
 
 
-def tell(config: Config, world: World, decision: Decision, rng: random.Random) -> list[Row]:
-    """One state in rows that differ by the order of its phases and their names."""
-    costs = _costs(config, world, decision)
+def _state(row: GrpoRow, place: Place) -> DecisionState:
+    decision = Decision(
+        scenario=row.scenario,
+        seed=row.seed,
+        junction=place.junctions[row.junction],
+        observation=row.observation,
+        legal=tuple(candidate.phase for candidate in row.candidates),
+        timing=place.timing,
+    )
+    outcomes = {candidate.phase: candidate.outcome for candidate in row.candidates}
+    return DecisionState(decision=decision, outcomes=outcomes, way=row.way)
+
+
+def _places(states: Iterable[DecisionState]) -> str:
+    found: dict[str, Place] = {}
+    for decision in (state.decision for state in states):
+        place = found.setdefault(decision.scenario, Place(timing=decision.timing, junctions={}))
+        place.junctions[decision.junction.tls_id] = decision.junction
+    content: Mapping[str, Any] = {name: place.model_dump() for name, place in found.items()}
+    return json.dumps(content) + "\n"
+
+
+def _write(file: Path, lines: Iterable[str]) -> FileEntry:
+    num = 0
+    with file.open("w", encoding="utf-8") as out:
+        for line in lines:
+            out.write(line + "\n")
+            num += 1
+    return FileEntry(sha256=_sha256(file), rows=num)
+
+
+def _read(file: Path, kind: type[_Row], manifest: Manifest) -> list[_Row]:
     rows = []
-    for _ in range(config.prepare.tellings):
-        told, order = retold(decision, rng)
-        by_place = {order.index(phase): cost for phase, cost in costs.items()}
-        rows.append(_row(config, told, by_place))
+    for number, line in enumerate(_lines(file), start=1):
+        try:
+            rows.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            raise UserError(f"{file}, row {number}: {_sentence(error)}") from error
+    check_file(file, manifest, num_rows=len(rows))
     return rows
 
 
-def _costs(config: Config, world: World, decision: Decision) -> dict[int, float]:
-    """What every legal phase costs."""
-    weights = reward_weights(config)
-    tls_id = decision.junction.tls_id
-    outcomes = world.branch(
-        [{tls_id: phase} for phase in decision.legal],
-        config.reward.horizon_s,
-        config.reward.follow,
-    )
-    costs = (cost_veh_s(outcome, weights) for outcome in outcomes)
-    return dict(zip(decision.legal, costs, strict=True))
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{file} is not readable: {_sentence(error)}") from error
 
 
-def _row(config: Config, decision: Decision, costs: dict[int, float]) -> Row:
-    """The prompt, what every legal phase costs, and each teacher's answer."""
-    best = min(decision.legal, key=costs.__getitem__)
-    answers = {
-        "lookahead": dialect.answer_text(decision, Action(phase=best)),
-        "max_pressure": dialect.answer_text(decision, CONTROLLERS["max_pressure"](decision)),
-    }
-    return {
-        "id": state_id(decision),
-        "messages": dialect.messages(decision, instructions=config.model.instructions),
-        "answers": answers,
-        "legal_answers": [
-            dialect.answer_text(decision, Action(phase=phase)) for phase in decision.legal
-        ],
-        "cost_veh_s": {decision.junction.phases[p].name: costs[p] for p in decision.legal},
-    }
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def state_id(decision: Decision) -> str:
-    """Names the instant: scenario, seed, time, junction."""
-    return (
-        f"{decision.scenario}/{decision.seed}/{decision.observation.time_s:g}/"
-        f"{decision.junction.tls_id}"
-    )
+def _names(manifest: Manifest) -> str:
+    return ", ".join(sorted(manifest.files))
 
 
-def reward_weights(config: Config) -> RewardWeights:
-    """The reward section as `envs.reward` takes it."""
-    return RewardWeights(**config.reward.model_dump(exclude={"horizon_s", "follow"}))
-
-
-def _write_rows(file: Path, rows: list[Row], teacher: str) -> None:
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as out:
-        for row in rows:
-            chosen = {k: v for k, v in row.items() if k != "answers"}
-            out.write(json.dumps({**chosen, "answer": row["answers"][teacher]}) + "\n")
-    temporary.replace(file)
+def _sentence(error: Exception) -> str:
+    """The first complaint, with where in the row it is."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return f"{where}: {first['msg']}" if where else first["msg"]
+    return str(error)

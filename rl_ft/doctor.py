@@ -146,9 +146,9 @@ def ray_resources(config: Config) -> Check:
 def parity(config: Config) -> Check:
     """A visible change of the weights reaches the sampler, and it agrees with the trainer."""
     from envs import dialect
-    from rl_ft.dataset import prepare_model
     from rl_ft.generation import Generator
     from rl_ft.parity import check
+    from rl_ft.prepare import prepare_model
     from rl_ft.render import Renderer
     from rl_ft.weights import read_folder
 

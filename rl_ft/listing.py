@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gzip
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +18,7 @@ from envs.types import Decision, JunctionSpec, Phase, Scenario
 from envs.world import World
 from rl_ft.config import Config
 from rl_ft.recipe import differences, load_config, recipe_names
+from rl_ft.replay import Replayed
 
 _KINDS = (
     ("generated:<seed>", "a city drawn from its seed; generated:1-48 stands for 48 of them"),
@@ -88,6 +89,19 @@ def show_recipe(console: Console, name: str) -> None:
     for key, (default, value) in differences(Config(), load_config(name)).items():
         table.add_row(key, str(default), str(value))
     console.print(table)
+
+
+def show_replayed(console: Console, replayed: Sequence[Replayed]) -> bool:
+    """The rows that are not as they were, and how many are; whether all are."""
+    changed = [row for row in replayed if row.difference]
+    if changed:
+        table = Table("row", "measured again", title="not as it was")
+        for row in changed:
+            table.add_row(row.id, row.difference)
+        console.print(table)
+    same = len(replayed) - len(changed)
+    console.print(f"{same} of {len(replayed)} decision states are what SUMO does here, exactly")
+    return not changed
 
 
 def _phase_table(junction: JunctionSpec) -> Table:

@@ -51,7 +51,7 @@ def run_stage(stage: str, config: Config, folder: RunFolder) -> None:
 
 
 def _prepare(config: Config, folder: RunFolder) -> None:
-    from rl_ft.dataset import prepare
+    from rl_ft.prepare import prepare
 
     prepare(config, folder)
 

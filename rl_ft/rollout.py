@@ -21,8 +21,8 @@ from rl_ft.advantage import group_advantages, is_zero_variance
 from rl_ft.asking import Asked, Generate, Render, ask, tell
 from rl_ft.config import Config
 from rl_ft.counterfactual import with_counterfactuals
-from rl_ft.dataset import reward_weights, state_id
 from rl_ft.recall import Instant, Recall
+from rl_ft.states import reward_weights, state_id
 from rl_ft.types import RolloutGroup
 from rl_ft.worlds import Order, State, Tried
 

@@ -25,11 +25,11 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from envs.scenario import expand
 from rl_ft.admission import Admission, staleness
 from rl_ft.check import Checks
 from rl_ft.cluster import gpu_share, ray_session
 from rl_ft.config import Config
+from rl_ft.dataset import read_lessons
 from rl_ft.health import HealthMonitor
 from rl_ft.lineage import Lineage
 from rl_ft.monitor import LoadSampler, MetricLog
@@ -61,7 +61,7 @@ def train_grpo(config: Config, folder: RunFolder) -> None:
         from rl_ft.actors import start_actors
 
         model = str(folder.path("sft", starts[0]))
-        worlds, generator = start_actors(config, model, expand(config.scenarios.train))
+        worlds, generator = start_actors(config, model, folder.path("data"))
         for start in starts:
             loop = GrpoLoop(config, folder, start, worlds, generator, record)
             asyncio.run(loop.run())
@@ -278,11 +278,10 @@ class GrpoLoop:
 
     async def _check_parity(self) -> None:
         """Before anything is trained on: a non-zero change of the weights must arrive."""
-        rows = self._folder.path("data", f"eval_{self._stage.split('/')[1]}.jsonl").open()
-        with rows:
-            messages = [json.loads(line)["messages"] for line in rows]
+        name = f"eval_{self._stage.split('/')[1]}.jsonl"
+        rows = read_lessons(self._folder.path("data", name))
         prompts = [
-            self._renderer.prompt_ids(chat) for chat in messages[: self._config.parity.num_prompts]
+            self._renderer.prompt_ids(row.prompt) for row in rows[: self._config.parity.num_prompts]
         ]
         report = await self._generator.check_parity.remote(
             self._model_path,

@@ -16,7 +16,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from envs.errors import UserError
 from rl_ft.cluster import gpu_share, ray_session
 from rl_ft.config import Config
+from rl_ft.dataset import SftRow, read_lessons
 from rl_ft.monitor import MetricLog, read_metrics
 from rl_ft.progress import Progress
 from rl_ft.render import Renderer
@@ -40,21 +41,6 @@ SUMMARY_FILE = "sft.json"
 """In the model folder: how training ended, and how often the model answers as its teacher."""
 
 OnMetrics = Callable[[int, Mapping[str, float]], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SftRow:
-    """One decision state with the teacher's answer.
-
-    Example:
-        SftRow(id="generated:3/1/320/J0", messages=({"role": "user", "content": "..."},),
-               answer='{"phase": "C"}', legal_answers=('{"phase": "A"}', '{"phase": "C"}'))
-    """
-
-    id: str
-    messages: tuple[dict[str, str], ...]
-    answer: str
-    legal_answers: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,27 +106,6 @@ def is_complete(model_dir: Path) -> bool:
     return (model_dir / SUMMARY_FILE).is_file()
 
 
-def read_rows(file: Path) -> list[SftRow]:
-    """The rows of a JSONL file as `prepare` writes it."""
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            raw = json.loads(line)
-            row = SftRow(
-                id=raw["id"],
-                messages=tuple(raw["messages"]),
-                answer=raw["answer"],
-                legal_answers=tuple(raw["legal_answers"]),
-            )
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file}, line {number}: expected an object with id, messages, answer and "
-                f"legal_answers, but {type(error).__name__}: {error}; run `rl-ft prepare` again."
-            ) from error
-        rows.append(row)
-    return rows
-
-
 def with_label_noise(rows: Sequence[SftRow], share: float, seed: int) -> list[SftRow]:
     """Rows of which a share got another legal answer; a row with a single legal one stays."""
     rng = random.Random(seed)
@@ -148,7 +113,7 @@ def with_label_noise(rows: Sequence[SftRow], share: float, seed: int) -> list[Sf
     for row in rows:
         others = [answer for answer in row.legal_answers if answer != row.answer]
         if rng.random() < share and others:
-            row = replace(row, answer=rng.choice(others))
+            row = row.answered(rng.choice(others))
         noisy.append(row)
     return noisy
 
@@ -157,7 +122,7 @@ def tokenise(rows: Sequence[SftRow], renderer: Renderer) -> list[Example]:
     """Prompt and answer ids; a prompt beyond the limit is an error, as it would be in a rollout."""
     examples = []
     for row in rows:
-        prompt, answer = renderer.prompt_ids(row.messages), renderer.answer_ids(row.answer)
+        prompt, answer = renderer.prompt_ids(row.prompt), renderer.answer_ids(row.answer)
         labels = (IGNORED,) * len(prompt) + answer
         examples.append(Example(input_ids=prompt + answer, labels=labels))
     return examples
@@ -171,10 +136,10 @@ def fit_teacher(config: Config, job: TeacherJob, *, on_metrics: OnMetrics) -> di
     set_seed(config.seed)
     renderer = Renderer(job.model_dir, max_prompt_length=config.model.max_prompt_length)
     rows = with_label_noise(
-        read_rows(Path(job.train_file)), config.sft.label_noise, seed=config.seed
+        read_lessons(Path(job.train_file)), config.sft.label_noise, seed=config.seed
     )
     examples = tokenise(rows, renderer)
-    held_out = tokenise(read_rows(Path(job.eval_file)), renderer)
+    held_out = tokenise(read_lessons(Path(job.eval_file)), renderer)
 
     tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
     dtype = getattr(torch, config.model.dtype)

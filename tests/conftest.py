@@ -25,6 +25,7 @@ import pytest
 from rl_ft.config import Config
 from rl_ft.recipe import load_config
 from rl_ft.run_folder import RunFolder
+from rl_ft.states import DecisionState, collect_states
 
 # A test run that was started in the background would hand an ignored SIGINT down to the commands
 # that it interrupts.
@@ -47,6 +48,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def smoke_config() -> Config:
     """The smallest configuration in which every stage is real."""
     return load_config("smoke")
+
+
+@pytest.fixture(scope="session")
+def data_config(smoke_config: Config) -> Config:
+    """A handful of decision states for two teachers."""
+    small = {
+        "num_states": 6,
+        "num_eval_states": 2,
+        "states_per_episode": 10,
+        "tellings": 3,
+        "teachers": ("max_pressure", "lookahead"),
+    }
+    return smoke_config.model_copy(
+        update={
+            "prepare": smoke_config.prepare.model_copy(update=small),
+            "reward": smoke_config.reward.model_copy(update={"horizon_s": 20.0}),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def states(data_config: Config) -> list[DecisionState]:
+    """Measured once, for every test that only reads them."""
+    return collect_states(data_config)
 
 
 @pytest.fixture

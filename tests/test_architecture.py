@@ -19,7 +19,7 @@ MODULES = {
 OWNERS = {
     "libsumo": {"envs.sumo", "envs.layout", "envs.ledger"},
     "numpy": {"envs.metrics", "rl_ft.weights", "rl_ft.learner"},
-    "pydantic": {"rl_ft.config", "rl_ft.recipe"},
+    "pydantic": {"rl_ft.config", "rl_ft.recipe", "rl_ft.dataset"},
     "yaml": {"rl_ft.recipe", "rl_ft.run_folder"},
     "typer": {"rl_ft.cli"},
     "psutil": {"rl_ft.monitor", "rl_ft.run_folder"},

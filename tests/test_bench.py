@@ -18,7 +18,7 @@ from envs import dialect
 from envs.naming import retold
 from envs.types import Action, Decision
 from rl_ft.config import Config
-from rl_ft.dataset import state_id
+from rl_ft.states import state_id
 from rl_ft.worlds import Trial, WorldPool
 
 BENCH = Path(__file__).resolve().parent.parent / "scripts" / "bench"

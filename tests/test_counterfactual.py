@@ -16,9 +16,9 @@ from rl_ft.advantage import is_zero_variance
 from rl_ft.asking import Asked, ask, tell
 from rl_ft.config import Config
 from rl_ft.counterfactual import with_counterfactuals
-from rl_ft.dataset import state_id
 from rl_ft.recall import Recall
 from rl_ft.rollout import metrics
+from rl_ft.states import state_id
 from rl_ft.types import Completion
 
 

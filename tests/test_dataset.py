@@ -1,168 +1,167 @@
-"""Dataset: every row is a state that was asked for, with answers that are legal and measured."""
+"""Dataset: what is read is what was written, or an error that names file and row."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import re
+import shutil
+from pathlib import Path
 
 import pytest
+from lesson_case import vouch
 
 from envs.errors import UserError
-from rl_ft.config import Config
-from rl_ft.dataset import collect_states, prepare, prepare_model, soften
-from rl_ft.run_folder import RunFolder
-
-NUM_STATES, NUM_EVAL, TELLINGS = 6, 2, 3
-
-
-@pytest.fixture(scope="module")
-def config(smoke_config) -> Config:
-    small = {
-        "num_states": NUM_STATES,
-        "num_eval_states": NUM_EVAL,
-        "states_per_episode": 10,
-        "tellings": TELLINGS,
-        "teachers": ("max_pressure", "lookahead"),
-    }
-    return smoke_config.model_copy(
-        update={
-            "prepare": smoke_config.prepare.model_copy(update=small),
-            "reward": smoke_config.reward.model_copy(update={"horizon_s": 20.0}),
-        }
-    )
+from rl_ft.dataset import (
+    GRPO_FILE,
+    MANIFEST_FILE,
+    adopt_dataset,
+    read_lessons,
+    read_manifest,
+    read_states,
+    write_dataset,
+)
+from rl_ft.lessons import lessons
 
 
 @pytest.fixture(scope="module")
-def states(config):
-    return collect_states(config)
+def written(states, data_config, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("dataset") / "data"
+    write_dataset(directory, states, data_config.prepare.num_eval_states, data_config)
+    return directory
 
 
-@pytest.fixture(scope="module")
-def rows(states):
-    return [row for tellings in states for row in tellings]
+@pytest.fixture
+def dataset(written, tmp_path) -> Path:
+    """One that may be broken."""
+    return Path(shutil.copytree(written, tmp_path / "data"))
 
 
-def test_there_are_as_many_states_as_were_asked_for(states):
-    assert len(states) == NUM_STATES + NUM_EVAL
-    assert len({first["id"] for first, *_ in states}) == len(states)
+def change_row(directory: Path, name: str, number: int, **values) -> None:
+    lines = (directory / name).read_text().splitlines()
+    lines[number - 1] = json.dumps({**json.loads(lines[number - 1]), **values})
+    (directory / name).write_text("\n".join(lines) + "\n")
+    vouch(directory / name)
 
 
-def test_the_tellings_of_a_state_differ_in_names_only(states):
-    for tellings in states:
-        assert len(tellings) == TELLINGS
-        [_] = {row["id"] for row in tellings}
-        assert len({tuple(sorted(row["cost_veh_s"].values())) for row in tellings}) == 1
-        for row in tellings:
-            bare = [line.split(" choose ") for line in text_of(row).splitlines()]
-            first = [line.split(" choose ") for line in text_of(tellings[0]).splitlines()]
-            costs = {line[0]: row["cost_veh_s"][line[1]] for line in bare if len(line) > 1}
-            assert costs == {
-                line[0]: tellings[0]["cost_veh_s"][line[1]] for line in first if len(line) > 1
-            }
-            assert sorted(line[0] for line in bare) == sorted(line[0] for line in first)
+def test_states_are_read_as_they_were_written(written, states, data_config):
+    num = data_config.prepare.num_states
+    assert read_states(written) == states[:num]
 
 
-def test_some_state_is_told_in_another_order(states):
-    assert any(len({text_of(row) for row in tellings}) > 1 for tellings in states)
-
-
-def text_of(row):
-    return row["messages"][-1]["content"]
-
-
-def test_every_cost_is_finite_and_belongs_to_a_legal_phase(rows):
-    for row in rows:
-        names = re.findall(r"choose ([A-Z]+)$", text_of(row), re.MULTILINE)
-        assert list(row["cost_veh_s"]) == names
-        assert row["legal_answers"] == [json.dumps({"phase": name}) for name in names]
-        assert len(names) > 1
-        assert all(math.isfinite(cost) and cost >= 0 for cost in row["cost_veh_s"].values())
-
-
-def test_both_teachers_answer_legally_and_lookahead_answers_the_cheapest(rows):
-    for row in rows:
-        assert set(row["answers"].values()) <= set(row["legal_answers"])
-        costs = row["cost_veh_s"]
-        assert costs[json.loads(row["answers"]["lookahead"])["phase"]] == min(costs.values())
-
-
-def test_same_seed_gives_the_same_rows_however_many_work(states, config, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    assert collect_states(config) == states
-
-
-def test_another_seed_gives_other_rows(rows, config):
-    other = collect_states(config.model_copy(update={"seed": config.seed + 1}))
-    assert not {row["id"] for row in rows} & {first["id"] for first, *_ in other}
-
-
-def test_scenarios_that_are_too_quiet_are_the_users_mistake(config):
-    quiet = config.prepare.model_copy(update={"min_queue_veh": 500})
-    with pytest.raises(UserError, match="gave 0 decision states"):
-        collect_states(config.model_copy(update={"prepare": quiet}))
-
-
-def test_a_model_that_is_no_folder_is_one_sentence(config, tmp_path):
-    model = config.model.model_copy(update={"name_or_path": str(tmp_path / "nothing")})
-    with pytest.raises(UserError, match="expected 'tiny' or a folder"):
-        prepare_model(config.model_copy(update={"model": model}), tmp_path / "model")
-
-
-def test_a_model_folder_is_copied(config, tmp_path):
-    source = tmp_path / "mine"
-    source.mkdir()
-    (source / "config.json").write_text("{}")
-    model = config.model.model_copy(update={"name_or_path": str(source)})
-    copied = prepare_model(config.model_copy(update={"model": model}), tmp_path / "model")
-    assert (copied / "config.json").read_text() == "{}"
-
-
-def lookahead_answers(costs, temperature_veh_s, times=400):
-    row = {
-        "cost_veh_s": costs,
-        "legal_answers": list(costs),
-        "answers": {"lookahead": "?", "max_pressure": "C"},
-    }
-    drawn = soften([row] * times, temperature_veh_s, seed=1)
-    assert drawn == soften([row] * times, temperature_veh_s, seed=1)
-    assert all(row["answers"]["max_pressure"] == "C" for row in drawn)
-    return [row["answers"]["lookahead"] for row in drawn]
-
-
-def test_lookahead_insists_where_the_choice_matters():
-    assert set(lookahead_answers({"A": 900.0, "B": 100.0}, 10.0)) == {"B"}
-
-
-def test_lookahead_leaves_open_what_costs_the_same():
-    answers = lookahead_answers({"A": 100.0, "B": 100.0}, 10.0)
-    assert 150 < answers.count("A") < 250
-
-
-def test_lookahead_is_followed_as_the_temperature_says():
-    answers = lookahead_answers({"A": 110.0, "B": 100.0}, 10.0)
-    assert answers.count("A") / len(answers) == pytest.approx(1 / (1 + math.e), abs=0.06)
-
-
-def test_prepare_writes_the_rows_of_each_teacher_and_the_model(
-    states, rows, config, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("rl_ft.dataset.collect_states", lambda _: states)
-    folder = RunFolder.create(tmp_path / "run", config, resume=False)
-    prepare(config, folder)
-    for teacher in config.prepare.teachers:
-        written = {}
-        for name in ("sft", "eval"):
-            lines = folder.path("data").joinpath(f"{name}_{teacher}.jsonl").read_text().splitlines()
-            written[name] = [json.loads(line) for line in lines]
-        assert [row["id"] for row in written["sft"]] == [
-            row["id"] for row in rows[: NUM_STATES * TELLINGS]
+def test_lessons_are_read_as_they_were_written(written, states, data_config):
+    prepare = data_config.prepare
+    for teacher in prepare.teachers:
+        rows = [
+            row.model_dump(mode="json") for row in read_lessons(written / f"sft_{teacher}.jsonl")
         ]
-        assert [row["answer"] for row in written["eval"]] == [
-            first["answers"][teacher] for first, *_ in states[NUM_STATES:]
+        assert rows == [
+            row
+            for state in states[: prepare.num_states]
+            for row in lessons(state, teacher, data_config, num=prepare.tellings)
         ]
-        assert all(row["answer"] in row["legal_answers"] for row in written["sft"])
-        assert all("answers" not in row for row in written["sft"])
-    assert (folder.path("model") / "config.json").is_file()
-    folder.finish("finished")
+
+
+def test_nobody_trains_on_the_states_that_are_held_back(written, data_config):
+    trained = {row.id for row in read_lessons(written / "sft_max_pressure.jsonl")}
+    judged = {row.id for row in read_lessons(written / "eval_max_pressure.jsonl")}
+    assert len(judged) == data_config.prepare.num_eval_states
+    assert not trained & judged
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft_max_pressure", "sft_lookahead"])
+def test_the_array_holds_the_rows_of_the_lines(written, name):
+    lines = (written / f"{name}.jsonl").read_text().splitlines()
+    assert json.loads((written / f"{name}.json").read_text()) == [json.loads(x) for x in lines]
+
+
+def test_the_manifest_says_where_the_rows_come_from(written, states, data_config):
+    manifest = read_manifest(written)
+    assert manifest.seed == data_config.seed
+    assert set(manifest.scenarios) == {state.decision.scenario for state in states}
+    assert {f.name for f in written.iterdir()} == {*manifest.files, MANIFEST_FILE}
+
+
+def test_the_same_states_give_the_same_bytes(written, states, data_config, tmp_path):
+    write_dataset(tmp_path / "again", states, data_config.prepare.num_eval_states, data_config)
+    assert read_manifest(tmp_path / "again") == read_manifest(written)
+
+
+def test_a_cut_line_is_named(dataset):
+    text = (dataset / GRPO_FILE).read_text()
+    (dataset / GRPO_FILE).write_text(text[:-40])
+    num = len(text.splitlines())
+    with pytest.raises(UserError, match=rf"{GRPO_FILE}, row {num}: .*EOF"):
+        read_states(dataset)
+
+
+def test_missing_rows_are_counted(dataset):
+    lines = (dataset / GRPO_FILE).read_text().splitlines(keepends=True)
+    (dataset / GRPO_FILE).write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match=f"ends after row {len(lines) - 1}, .* {len(lines)} rows"):
+        read_states(dataset)
+
+
+def test_a_changed_file_is_named(dataset):
+    file = dataset / "sft_lookahead.jsonl"
+    file.write_text(file.read_text().replace("q1", "q2", 1))
+    with pytest.raises(UserError, match=r"sft_lookahead\.jsonl is not what was written"):
+        read_lessons(file)
+
+
+def test_another_schema_version_is_named(dataset):
+    file = dataset / MANIFEST_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), "schema_version": 7}))
+    with pytest.raises(UserError, match=r"schema version 7, this rl-ft reads version 1.*prepare"):
+        read_states(dataset)
+
+
+def test_a_manifest_that_is_none_is_named(dataset):
+    (dataset / MANIFEST_FILE).write_text("[]")
+    with pytest.raises(UserError, match="is not a dataset's manifest"):
+        read_states(dataset)
+
+
+def test_a_folder_without_a_dataset_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no dataset"):
+        read_states(tmp_path)
+
+
+def test_an_empty_dataset_is_named(dataset):
+    (dataset / GRPO_FILE).write_text("")
+    vouch(dataset / GRPO_FILE)
+    with pytest.raises(UserError, match=rf"{GRPO_FILE} holds no rows"):
+        read_states(dataset)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_an_outcome_that_is_no_number_is_named_with_its_row(dataset, number):
+    row = json.loads((dataset / GRPO_FILE).read_text().splitlines()[1])
+    row["candidates"][0]["outcome"]["time_loss_veh_s"] = number
+    change_row(dataset, GRPO_FILE, 2, candidates=row["candidates"])
+    with pytest.raises(UserError, match=r"row 2: candidates\.0\.outcome\.time_loss_veh_s"):
+        read_states(dataset)
+
+
+def test_a_name_that_nobody_knows_is_named_with_its_row(dataset):
+    change_row(dataset, "sft_max_pressure.jsonl", 3, mood="fine")
+    with pytest.raises(UserError, match=r"sft_max_pressure\.jsonl, row 3: mood"):
+        read_lessons(dataset / "sft_max_pressure.jsonl")
+
+
+def test_a_dataset_is_adopted_as_it_is(dataset, data_config, tmp_path):
+    adopt_dataset(dataset, tmp_path / "mine", data_config)
+    assert read_manifest(tmp_path / "mine") == read_manifest(dataset)
+
+
+def test_a_broken_dataset_is_not_adopted(dataset, data_config, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kept").write_text("")
+    change_row(dataset, "eval_lookahead.jsonl", 1, id=None)
+    with pytest.raises(UserError, match=r"eval_lookahead\.jsonl, row 1: id"):
+        adopt_dataset(dataset, tmp_path / "mine", data_config)
+    assert [f.name for f in (tmp_path / "mine").iterdir()] == ["kept"]
+
+
+def test_outcomes_of_another_horizon_are_refused(dataset, data_config, tmp_path):
+    reward = data_config.reward.model_copy(update={"horizon_s": 45.0})
+    with pytest.raises(UserError, match=r"measured with horizon_s 20.*reward\.horizon_s is 45"):
+        adopt_dataset(dataset, tmp_path / "mine", data_config.model_copy(update={"reward": reward}))

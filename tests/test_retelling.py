@@ -13,9 +13,9 @@ from rollout_case import NUM_WORLDS, Pool, collect, extremes, first, rollout_con
 from envs.errors import WorldError
 from rl_ft.advantage import is_zero_variance
 from rl_ft.config import Config
-from rl_ft.dataset import state_id
 from rl_ft.recall import Recall
 from rl_ft.rollout import metrics
+from rl_ft.states import state_id
 from rl_ft.worlds import Order, State, Tried
 
 

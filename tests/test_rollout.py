@@ -27,9 +27,9 @@ from envs.reward import Reward
 from envs.types import Decision
 from rl_ft.advantage import is_zero_variance
 from rl_ft.config import Config
-from rl_ft.dataset import state_id
 from rl_ft.recall import Recall
 from rl_ft.rollout import MAX_EMPTY_ROUNDS, Tally, collect_groups, metrics
+from rl_ft.states import state_id
 from rl_ft.worlds import Order
 
 

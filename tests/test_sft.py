@@ -1,61 +1,29 @@
 from __future__ import annotations
 
 import json
-import random
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from lesson_case import answer, write_rows
 
 from envs.errors import UserError
 from rl_ft.config import Config
+from rl_ft.dataset import SftRow, read_lessons
 from rl_ft.render import Renderer
 from rl_ft.run_folder import RunFolder
 from rl_ft.sft import (
     IGNORED,
     SUMMARY_FILE,
-    SftRow,
     TeacherJob,
     answer_accuracy,
     fit_teacher,
     is_complete,
-    read_rows,
     teacher_jobs,
     tokenise,
     train_sft,
     with_label_noise,
 )
-
-PHASES = ("A", "B", "C", "D")
-ARMS = ("north", "east", "south", "west")
-
-
-def answer(phase: str) -> str:
-    return json.dumps({"phase": phase})
-
-
-def junction_row(rng: random.Random, number: int) -> dict:
-    """A junction in the dialect's words; the teacher serves the longest queue."""
-    queues = [rng.randint(0, 9) for _ in PHASES]
-    lines = [
-        f"{phase} {queue} {queue + 2}: {arm} through+right {queue} 1 0 1 15, {arm} left yield empty"
-        for phase, arm, queue in zip(PHASES, ARMS, queues, strict=True)
-    ]
-    lines += ["green A 12", "choose A B C D"]
-    return {
-        "id": f"row/{number}",
-        "messages": [{"role": "user", "content": "\n".join(lines)}],
-        "answer": answer(PHASES[queues.index(max(queues))]),
-        "legal_answers": [answer(phase) for phase in PHASES],
-    }
-
-
-def write_rows(file: Path, *, num: int, seed: int = 0) -> Path:
-    rng = random.Random(seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.dumps(junction_row(rng, number)) for number in range(num)]
-    file.write_text("\n".join(rows) + "\n" if rows else "")
-    return file
 
 
 def small_config(**sft: object) -> Config:
@@ -96,9 +64,9 @@ def job_in(folder: Path, model_dir: Path, *, num: int = 64, num_eval: int = 8) -
 
 
 def test_only_the_answer_and_its_end_carry_loss(tmp_path, renderer):
-    rows = read_rows(write_rows(tmp_path / "rows.jsonl", num=1))
+    rows = read_lessons(write_rows(tmp_path / "rows.jsonl", num=1))
     (example,) = tokenise(rows, renderer)
-    prompt = tuple(renderer.prompt_ids(rows[0].messages))
+    prompt = tuple(renderer.prompt_ids(rows[0].prompt))
     learnt = tuple(label for label in example.labels if label != IGNORED)
     assert example.input_ids == prompt + learnt
     assert learnt == tuple(renderer.answer_ids(rows[0].answer))
@@ -106,7 +74,7 @@ def test_only_the_answer_and_its_end_carry_loss(tmp_path, renderer):
 
 
 def test_a_prompt_over_the_limit_is_refused_not_cut(tmp_path, model_dir):
-    rows = read_rows(write_rows(tmp_path / "rows.jsonl", num=1))
+    rows = read_lessons(write_rows(tmp_path / "rows.jsonl", num=1))
     with pytest.raises(UserError, match="max_prompt_length is 20"):
         tokenise(rows, Renderer(str(model_dir), max_prompt_length=20))
 
@@ -114,13 +82,18 @@ def test_a_prompt_over_the_limit_is_refused_not_cut(tmp_path, model_dir):
 def test_a_broken_row_is_named_by_its_line(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", num=2)
     file.write_text(file.read_text() + '{"id": "x"}\n')
-    with pytest.raises(UserError, match="line 3"):
-        read_rows(file)
+    with pytest.raises(UserError, match="row 3"):
+        read_lessons(file)
 
 
 def test_label_noise_replaces_the_asked_share_by_other_legal_answers():
     rows = [
-        SftRow(id=str(i), messages=(), answer=answer("A"), legal_answers=(answer("A"), answer("B")))
+        SftRow(
+            id=str(i),
+            messages=({"role": "user"}, {"role": "assistant", "content": answer("A")}),
+            legal_answers=(answer("A"), answer("B")),
+            cost_veh_s={},
+        )
         for i in range(1000)
     ]
     noisy = with_label_noise(rows, 0.2, seed=1)
@@ -139,7 +112,7 @@ def test_accuracy_is_what_greedy_decoding_would_reach(tmp_path, model_dir, rende
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    rows = read_rows(write_rows(tmp_path / "rows.jsonl", num=12))
+    rows = read_lessons(write_rows(tmp_path / "rows.jsonl", num=12))
     own = []
     for row in rows:
         prompt = torch.tensor([list(renderer.prompt_ids(row.messages))])
@@ -202,7 +175,7 @@ def test_what_is_left_is_an_ordinary_model_folder(trained, renderer):
         AutoModelForCausalLM.from_pretrained(out),
         AutoTokenizer.from_pretrained(out),
     )
-    examples = tokenise(read_rows(Path(job.eval_file)), renderer)
+    examples = tokenise(read_lessons(Path(job.eval_file)), renderer)
     again = answer_accuracy(model, examples, pad_id=tokenizer.pad_token_id)
     assert again["eval/answer_accuracy"] == summary["eval/answer_accuracy"]
 

@@ -28,7 +28,7 @@ from envs import dialect
 from envs.reward import group_rewards
 from envs.types import Decision, JointAction, Outcome, ParseFailure, Scenario
 from rl_ft import worlds
-from rl_ft.dataset import reward_weights, state_id
+from rl_ft.states import reward_weights, state_id
 from rl_ft.worlds import Trial, WorldPool
 
 MAX_ROUNDS = 1000

@@ -38,7 +38,7 @@ from envs import dialect
 from envs.reward import Reward
 from envs.types import Decision
 from rl_ft.config import Config, RolloutConfig
-from rl_ft.dataset import state_id
+from rl_ft.states import state_id
 
 START = "max_pressure"
 STAGE = f"grpo/{START}"
@@ -112,7 +112,7 @@ def ours(
         for stage in ("prepare", "sft"):
             run_stage(stage, config, folder)
         model = str(folder.path("sft", START))
-        worlds, generator = start_actors(config, model, config.scenarios.train)
+        worlds, generator = start_actors(config, model, folder.path("data"))
         loop = GrpoLoop(config, folder, START, worlds, generator, record, score=score)
         asyncio.run(loop.run())
     renderer = Renderer(model, max_prompt_length=config.model.max_prompt_length)

@@ -14,7 +14,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with data and a supervised start that answers in format, not all alike."""
     from loop_case import loop_config
 
-    from rl_ft.dataset import prepare
+    from rl_ft.prepare import prepare
     from rl_ft.run_folder import RunFolder
     from rl_ft.sft import fit_teacher, teacher_jobs
 

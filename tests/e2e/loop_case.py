@@ -14,7 +14,6 @@ import psutil
 import ray
 
 from envs.reward import Reward
-from envs.scenario import expand
 from envs.types import Decision
 from rl_ft.actors import GeneratorService, start_worlds
 from rl_ft.config import Config
@@ -124,7 +123,7 @@ def run_loop(
     for name in ("sft", "data"):
         if not (root / name).exists():
             (root / name).symlink_to(prepared / name)
-    worlds = start_worlds(config, expand(config.scenarios.train))
+    worlds = start_worlds(config, root / "data")
     ray.get(generator.take_loaded.remote())
     error = None
     thread = threading.Thread(target=meanwhile, args=(root, worlds)) if meanwhile else None
@@ -181,6 +180,15 @@ def wait_for(found: Callable[[], Any], timeout_s: float = 120.0) -> Any:
 def num_logged(root: Path) -> int:
     """Steps of the loop that are in its metrics."""
     return len(read_metrics(root, STAGE))
+
+
+def world_pids() -> list[int]:
+    """Processes of simulations below this one."""
+    return [
+        process.pid
+        for process in psutil.Process().children(recursive=True)
+        if "envs.world_process" in " ".join(process.cmdline())
+    ]
 
 
 def train_worker_pids() -> list[int]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import random
+import shutil
 import signal
 
 import pytest
 import ray
 import torch
+from lesson_case import vouch
 from loop_case import (
     STAGE,
     START,
@@ -17,9 +20,11 @@ from loop_case import (
     run_loop,
     train_worker_pids,
     wait_for,
+    world_pids,
 )
 
 from envs.naming import phase_name, renamed
+from rl_ft.dataset import GRPO_FILE
 from rl_ft.parity import NO_OP_SYNC, ParityError
 from rl_ft.weights import digest, read_folder
 
@@ -54,6 +59,53 @@ WALL_CLOCK = ("time/", "system/")
 @pytest.fixture(scope="module")
 def start_digest(prepared):
     return digest(read_folder(prepared / "sft" / START))
+
+
+# ---- from a dataset
+
+
+OFFLINE = ("rollout.offline=true", "grpo.surprise_coef=0.2", "grpo.learning_rate=0.03")
+
+
+@pytest.fixture(scope="module")
+def offline(prepared, generator, tmp_path_factory):
+    """Two trainings without a simulation; the second reads the rows in another order."""
+    root = tmp_path_factory.mktemp("offline")
+    shutil.copytree(prepared / "data", root / "two" / "data")
+    rows = root / "two" / "data" / GRPO_FILE
+    lines = rows.read_text().splitlines(keepends=True)
+    random.Random(1).shuffle(lines)
+    rows.write_text("".join(lines))
+    vouch(rows)
+    simulations = []
+
+    def watch(root, worlds):
+        wait_for(lambda: num_logged(root))
+        simulations.extend(world_pids())
+
+    runs = [
+        run_loop(prepared, root / name, generator, *SHORT, *RETOLD, *OFFLINE, meanwhile=watch)
+        for name in ("one", "two")
+    ]
+    return runs, simulations
+
+
+def test_a_dataset_alone_trains(offline, start_digest):
+    for run in offline[0]:
+        assert run.error is None
+        assert run.step_numbers == [1, 2, 3]
+        assert run.final_digest != start_digest
+        assert max(run.values("health/zero_variance_share")) < 1
+
+
+def test_no_simulation_runs_meanwhile(offline):
+    assert offline[1] == []
+
+
+def test_the_order_of_the_rows_changes_nothing(offline):
+    one, two = offline[0]
+    assert measured(one.steps) == measured(two.steps)
+    assert one.final_digest == two.final_digest
 
 
 # ---- same seed, same run

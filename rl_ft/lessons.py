@@ -1,0 +1,70 @@
+"""What teachers would answer to a decision state: the rows of the supervised start.
+
+Every state is told several times with its phases in another order and under other names, so that
+what is learnt is to read the traffic.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+from envs import dialect
+from envs.controllers import CONTROLLERS
+from envs.naming import retold
+from envs.types import Action
+from rl_ft.config import Config, Teacher
+from rl_ft.states import DecisionState, reward_weights
+
+Row = dict[str, Any]
+
+
+def lessons(
+    state: DecisionState, teacher: Teacher, config: Config, *, num: int, soften: bool = True
+) -> list[Row]:
+    """`num` tellings of a state, each a chat that ends with the teacher's answer.
+
+    Lookahead's answers are drawn among the cheap ones, if `soften`; else it gives the cheapest.
+
+    Example of a row:
+        {"id": "generated:3/100004/320/J0",
+         "messages": [{"role": "user", "content": "north left q4 ...: ... choose D\\n..."},
+                      {"role": "assistant", "content": '{"phase": "D"}'}],
+         "legal_answers": ['{"phase": "B"}', '{"phase": "D"}'],
+         "cost_veh_s": {'{"phase": "B"}': 611.0, '{"phase": "D"}': 572.5}}
+    """
+    tellings = random.Random(f"{config.seed}/{state.id}")
+    choices = random.Random(f"{config.seed}/{state.id}/{teacher}")
+    costs = state.costs_veh_s(reward_weights(config))
+    rows = []
+    for _ in range(num):
+        told, order = retold(state.decision, tellings)
+        answers = {place: dialect.answer_text(told, Action(phase=place)) for place in told.legal}
+        if teacher != "lookahead":
+            phase = CONTROLLERS[teacher](state.decision).phase
+        elif soften:
+            phase = draw_cheap(costs, config.prepare.lookahead_temperature_veh_s, choices)
+        else:
+            phase = min(costs, key=costs.__getitem__)
+        chat = dialect.messages(told, instructions=config.model.instructions)
+        rows.append(
+            {
+                "id": state.id,
+                "messages": [*chat, {"role": "assistant", "content": answers[order.index(phase)]}],
+                "legal_answers": list(answers.values()),
+                "cost_veh_s": {answers[place]: costs[order[place]] for place in told.legal},
+            }
+        )
+    return rows
+
+
+def draw_cheap(costs: dict[int, float], temperature_veh_s: float, rng: random.Random) -> int:
+    """A phase drawn from softmax(-cost / temperature).
+
+    Where all phases cost nearly the same, chance decides: to insist on the cheapest would teach
+    noise, and leave nothing to explore.
+    """
+    least = min(costs.values())
+    weights = [math.exp((least - cost) / temperature_veh_s) for cost in costs.values()]
+    return rng.choices(list(costs), weights=weights)[0]

@@ -1,0 +1,55 @@
+"""Worlds without a simulation: instants and what they lead to come from a dataset.
+
+Stands where `rl_ft.worlds.WorldPool` stands. What it says of an instant is what the fork measured
+when the dataset was written, so rewards are the same; nothing is executed, and every instant comes
+once before any comes again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from rl_ft.states import DecisionState
+from rl_ft.worlds import Order, State, Trial, Tried
+
+
+class LookupPool:
+    """`num_worlds` instants at a time, in an order that the seed and the ids decide.
+
+    The order of `states` does not matter: what belongs together is one row.
+    """
+
+    def __init__(self, states: Sequence[DecisionState], *, seed: int, num_worlds: int) -> None:
+        self._states = sorted(states, key=lambda state: state.id)
+        self._rng = random.Random(seed)
+        self._num_worlds = num_worlds
+        self._ahead: list[DecisionState] = []
+        self._asked: list[DecisionState] = []
+
+    def states(self) -> list[State]:
+        """The next instants."""
+        while len(self._ahead) < self._num_worlds:
+            self._ahead = self._rng.sample(self._states, len(self._states)) + self._ahead
+        self._asked = [self._ahead.pop() for _ in range(self._num_worlds)]
+        return [state.decision for state in self._asked]
+
+    def settle(self, orders: Sequence[Order | None]) -> list[Tried | None]:
+        """What each trial led to."""
+        return [
+            _look_up(state, order) if isinstance(order, Trial) else None
+            for state, order in zip(self._asked, orders, strict=True)
+        ]
+
+    def pids(self) -> list[int]:
+        """No process."""
+        return []
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def _look_up(state: DecisionState, trial: Trial) -> Tried:
+    # One phase alone is not simulated, so it has no outcome here either.
+    phases = trial.phases if len(trial.phases) > 1 else ()
+    return Tried(outcomes={phase: state.outcomes[phase] for phase in phases})

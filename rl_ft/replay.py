@@ -1,0 +1,90 @@
+"""Go back to decision states of a dataset and measure again: are its rows what SUMO does?"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from envs.errors import UserError
+from envs.scenario import content_hash, load_scenario
+from envs.world import World
+from rl_ft.dataset import Manifest, read_manifest, read_states
+from rl_ft.progress import track
+from rl_ft.states import DecisionState
+
+TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replayed:
+    """A row that was measured again; `difference` says what is not as it was, None if all is."""
+
+    id: str
+    difference: str | None
+
+
+def check_dataset(directory: Path, *, num_rows: int, seed: int) -> list[Replayed]:
+    """Measure a sample of the rows again, in their order in the dataset.
+
+    Raises:
+        UserError: a file or a row is not as written, another SUMO measured, or the scenario of a
+            sampled row has changed.
+    """
+    manifest = read_manifest(directory)
+    states = read_states(directory)
+    _require_sumo(directory, manifest)
+    chosen = sorted(random.Random(seed).sample(range(len(states)), min(num_rows, len(states))))
+    for name in dict.fromkeys(states[i].decision.scenario for i in chosen):
+        _require_scenario(
+            name, manifest, [i for i in chosen if states[i].decision.scenario == name]
+        )
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        replayed = pool.map(lambda i: replay(states[i], manifest), chosen)
+        return list(track(replayed, "data check", total=len(chosen), unit="rows"))
+
+
+def replay(state: DecisionState, manifest: Manifest) -> Replayed:
+    """Drive the way to the instant anew, and try every legal phase there."""
+    decision = state.decision
+    with World(timeout_s=TIMEOUT_S) as world:
+        world.reset(load_scenario(decision.scenario), decision.seed)
+        for leg in state.way:
+            world.drive(leg.driver, leg.until_s)
+        tls_id = decision.junction.tls_id
+        now = [d for d in world.decisions() if d.junction.tls_id == tls_id]
+        if now != [decision]:
+            return Replayed(id=state.id, difference="the junction sees something else there now")
+        outcomes = world.branch(
+            [{tls_id: phase} for phase in state.outcomes], manifest.horizon_s, manifest.follow
+        )
+    names = [decision.junction.phases[phase].name for phase in state.outcomes]
+    changed = [
+        name
+        for name, was, now in zip(names, state.outcomes.values(), outcomes, strict=True)
+        if was != now
+    ]
+    difference = f"another outcome of {', '.join(changed)}" if changed else None
+    return Replayed(id=state.id, difference=difference)
+
+
+def _require_sumo(directory: Path, manifest: Manifest) -> None:
+    here = version("eclipse-sumo")
+    if manifest.sumo != here:
+        raise UserError(
+            f"{directory} was measured by SUMO {manifest.sumo}, installed is {here}: "
+            f"pip install eclipse-sumo=={manifest.sumo} libsumo=={manifest.sumo}, or prepare anew"
+        )
+
+
+def _require_scenario(name: str, manifest: Manifest, rows: Sequence[int]) -> None:
+    if content_hash(load_scenario(name)) != manifest.scenarios.get(name):
+        listed = ", ".join(str(i + 1) for i in rows[:5])
+        raise UserError(
+            f"the scenario {name} has changed since its rows were measured (row {listed} of "
+            "grpo.jsonl): bring its files back, or prepare anew"
+        )
