@@ -25,6 +25,10 @@ MAIN_PRIORITY = 9
 ARTERIAL_EVERY = 6
 """Seeds divisible by this give two junctions in a row, all others one."""
 
+SIDE_ROAD_SHARE = 0.8
+SIDE_ROAD_BELOW_M = 150.0
+"""Of approaches whose first piece is shorter than this, so many have a side road behind it."""
+
 OWN_GREENS_EVERY = 10
 """Seeds divisible by this give approaches a green of their own, where junctions are simple."""
 
@@ -64,6 +68,10 @@ class Arm:
     profile: tuple[float, ...]
     """Factor on the rate for each slice of the hour, mean one."""
     movements: tuple[Movement, ...]
+    turn_offs_vph: tuple[float, ...] = ()
+    """Vehicles that leave by a side road to the right, and by one to the left, where the approach's
+    first piece begins; beside `rate_vph`. Detectors behind cannot tell who will come to the
+    signal."""
 
     @property
     def lanes_in(self) -> int:
@@ -122,7 +130,9 @@ class Stream:
 
     entry: tuple[int, int]
     path: tuple[tuple[int, int], ...]
-    """(crossing, arm) by which each crossing on the way is left."""
+    """(crossing, arm) by which each crossing on the way is left; none: by a side road before."""
+    side: int = 0
+    """Which side road."""
     rate_vph: float
     profile: tuple[float, ...]
 
@@ -151,8 +161,24 @@ def draw_city(seed: int) -> City:
         load=round(rng.uniform(0.3, 0.5), 3),
         own_greens="none",
     )
+    city = replace(city, crossings=tuple(_with_side_roads(seed, c) for c in city.crossings))
     simple = city.layout == "opposites" and max(len(c.arms) for c in crossings) <= 4
     return _with_own_greens(rng, city) if simple and seed % OWN_GREENS_EVERY == 0 else city
+
+
+def _with_side_roads(seed: int, crossing: Crossing) -> Crossing:
+    """Some approaches lose vehicles shortly before the signal, as most do in mapped cities."""
+    rng = random.Random(f"side roads/{seed}/{crossing.x_m}/{crossing.y_m}")
+    arms = []
+    for arm in crossing.arms:
+        share = rng.uniform(0.03, 0.35) if rng.random() < SIDE_ROAD_SHARE else 0.0
+        if share and len(arm.segments_m) > 1 and arm.segments_m[0] < SIDE_ROAD_BELOW_M:
+            # Every lane that arrives there leads to one of them.
+            num = min(2, arm.segment_lanes[1])
+            turn_off_vph = arm.rate_vph * share / (1.0 - share)
+            arm = replace(arm, turn_offs_vph=(turn_off_vph / num,) * num)
+        arms.append(arm)
+    return replace(crossing, arms=tuple(arms))
 
 
 def _with_own_greens(rng: random.Random, city: City) -> City:
@@ -181,6 +207,10 @@ def streams(city: City) -> tuple[Stream, ...]:
                             profile=arm.profile,
                         )
                     )
+                found += [
+                    Stream(entry=(c, a), path=(), side=i, rate_vph=rate_vph, profile=arm.profile)
+                    for i, rate_vph in enumerate(arm.turn_offs_vph)
+                ]
     return tuple(found)
 
 

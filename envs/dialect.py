@@ -19,7 +19,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from envs.types import Action, Decision, LaneSpec, LaneState, ParseFailure, Turn
+from envs.types import (
+    Action,
+    Decision,
+    LaneSpec,
+    LaneState,
+    Observation,
+    ParseFailure,
+    Turn,
+)
 
 Message = dict[str, str]
 
@@ -29,9 +37,10 @@ INSTRUCTIONS = (
     "seconds the first vehicle has waited (the longest, in totals). yield: must give way. shared: "
     "the lane also has turns that this phase does not open. blocked: it has green, yet its first "
     "vehicle stands. full: the road behind the junction is full. inside, i: vehicles that stand "
-    "within the junction on the phase's ways. green: the running phase; g: its seconds, t: those "
-    "until the next choice. Choose the next phase to keep everyone's delay small. Answer with JSON "
-    'only, like {"phase": "A"}.'
+    "within the junction on the phase's ways. upstream: more vehicles within 200 m on roads that "
+    "lead here and elsewhere, u: queued, v: moving. green: the running phase; g: its seconds, t: "
+    "those until the next choice. Choose the next phase to keep everyone's delay small. Answer "
+    'with JSON only, like {"phase": "A"}.'
 )
 
 _SECTORS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
@@ -48,7 +57,7 @@ FULL_BELOW = 0.2
 """A phase is called full where standing vehicles leave less than this share of a lane behind the
 junction."""
 
-COUNTS, DURATIONS = "qnmfi", "wgt"
+COUNTS, DURATIONS = "qnmfiuv", "wgt"
 """Field letters of vehicle counts and of seconds."""
 MAX_COUNT = 99
 
@@ -67,6 +76,7 @@ VOCABULARY: tuple[str, ...] = (
     "full",
     "green",
     "inside",
+    "upstream",
     "choose",
     *(f"{letter}{n}" for letter in COUNTS for n in range(MAX_COUNT + 1)),
     *(f"{letter}{n}" for letter in DURATIONS for n in sorted({round_s(s) for s in range(241)})),
@@ -114,9 +124,19 @@ def _phase_text(decision: Decision, index: int) -> str:
     if observation.inside_veh[index]:
         words.append(f"inside i{min(observation.inside_veh[index], MAX_COUNT)}")
     words.append(_fields(_total(states)))
+    words += _upstream_words(observation, index)
     if index in decision.legal:
         words.append(f"choose {phase.name}")
     return f"{lanes}: {' '.join(words)}"
+
+
+def _upstream_words(observation: Observation, index: int) -> list[str]:
+    counts = {
+        "u": observation.upstream_queue_veh[index],
+        "v": observation.upstream_moving_veh[index],
+    }
+    words = [f"{letter}{min(count, MAX_COUNT)}" for letter, count in counts.items() if count]
+    return ["upstream", *words] if words else []
 
 
 def _lane_text(

@@ -26,9 +26,15 @@ from envs.types import QUICK_TIMING, Scenario, SignalTiming
 
 DELAY_BOUNDS_S = (12.0, 42.0)
 """Mean delay that a generated city may have when its signals are actuated."""
+CROWDED_EVERY = 8
+"""Seeds divisible by this have more traffic than their signals can serve at the peak."""
+CROWDED_DELAY_BOUNDS_S = (45.0, 120.0)
+CROWDED_LOAD = 1.5
+"""Factor on the load that is tried first."""
 MAX_TRIES = 4
 SHORT_EXIT_M = 90.0
 """A way out shorter than this goes on with a second edge, if the approach beside it has one."""
+SIDE_ROAD_M, SIDE_ROAD_MPS = 80.0, 8.33
 MIN_PROBABILITY = 2e-5
 """Flows of fewer vehicles a second are left out."""
 TOOL_TIMEOUT_S = 120.0
@@ -116,7 +122,11 @@ def _build(city: City, folder: Path) -> None:
     net, routes = folder / NET_NAME, folder / ROUTES_NAME
     _build_network(city, net)
     critical_vph = plan_signals(city, net)
-    _build_demand(city, net, routes, city.load * SATURATION_VPH / critical_vph)
+    scale = city.load * SATURATION_VPH / critical_vph
+    if city.seed % CROWDED_EVERY:
+        _build_demand(city, net, routes, scale, DELAY_BOUNDS_S)
+    else:
+        _build_demand(city, net, routes, scale * CROWDED_LOAD, CROWDED_DELAY_BOUNDS_S)
     if city.own_greens != "none":
         add_own_greens(city, net)
 
@@ -188,9 +198,28 @@ def _add_arm(nodes: ET.Element, edges: ET.Element, c: int, a: int, crossing: Cro
         _add_node(nodes, outer, x_m, y_m, type="priority")
         _add_edge(edges, f"in{c}_{a}_{s}", (outer, inner), lanes, arm.speed_mps, arm.priority)
         inner = outer
+    for side in range(len(arm.turn_offs_vph)):
+        _add_side_road(nodes, edges, c, a, crossing, side)
     for s, name in enumerate(_exit_edges(crossing, c, a)):
         ends = (f"n{c}_{a}_{s - 1}" if s else f"c{c}", f"n{c}_{a}_{s}")
         _add_edge(edges, name, ends, arm.lanes_out, arm.speed_mps, arm.priority)
+
+
+def _add_side_road(
+    nodes: ET.Element, edges: ET.Element, c: int, a: int, crossing: Crossing, side: int
+) -> None:
+    """A road to the right (0) or to the left (1), where the first piece of an approach begins."""
+    arm = crossing.arms[a]
+    x_m, y_m = crossing.x_m, crossing.y_m
+    for length_m, bearing_deg in (
+        (arm.segments_m[0], arm.bearing_deg),
+        (SIDE_ROAD_M, arm.bearing_deg - 90.0 + 180.0 * side),
+    ):
+        bearing = math.radians(bearing_deg)
+        x_m, y_m = x_m + length_m * math.sin(bearing), y_m + length_m * math.cos(bearing)
+    name = f"side{c}_{a}_{side}"
+    _add_node(nodes, name, x_m, y_m, type="priority")
+    _add_edge(edges, name, (f"n{c}_{a}_0", name), 1, SIDE_ROAD_MPS, arm.priority - 2)
 
 
 def _add_link(city: City, nodes: ET.Element, edges: ET.Element) -> None:
@@ -221,12 +250,14 @@ def _add_connections(city: City, connections: ET.Element, c: int, crossing: Cros
 # Demand
 
 
-def _build_demand(city: City, net: Path, routes: Path, scale: float) -> None:
+def _build_demand(
+    city: City, net: Path, routes: Path, scale: float, bounds_s: tuple[float, float]
+) -> None:
     """Write the drawn demand, scaled where the delay of an actuated plan is out of bounds.
 
     Of at most `MAX_TRIES` the one nearest to the bounds stays.
     """
-    low_s, high_s = DELAY_BOUNDS_S
+    low_s, high_s = bounds_s
     low, high = 0.0, math.inf
     tried: list[tuple[float, float]] = []
     while len(tried) < MAX_TRIES:
@@ -280,6 +311,8 @@ def _edges(city: City, stream: Stream) -> list[str]:
     c, a = stream.entry
     pieces = range(len(city.crossings[c].arms[a].segments_m))
     edges = [f"in{c}_{a}_{s}" for s in reversed(pieces)]
+    if not stream.path:
+        return [*edges[:-1], f"side{c}_{a}_{stream.side}"]
     for crossing, to_arm in stream.path:
         if city.is_link(to_arm):
             edges.append(f"in{1 - crossing}_0_0")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import libsumo
 
@@ -40,11 +40,8 @@ def junction_specs() -> tuple[JunctionSpec, ...]:
     Raises:
         UserError: no junction of the network has two green phases.
     """
-    upstream = _predecessors()
-    controlled = _controlled_lanes()
-    specs = [
-        _junction_spec(tls_id, upstream, controlled) for tls_id in libsumo.trafficlight.getIDList()
-    ]
+    roads = _Roads()
+    specs = [_junction_spec(tls_id, roads) for tls_id in libsumo.trafficlight.getIDList()]
     found = tuple(spec for spec in specs if spec is not None)
     if not found:
         raise UserError(
@@ -55,9 +52,18 @@ def junction_specs() -> tuple[JunctionSpec, ...]:
     return found
 
 
-def _junction_spec(
-    tls_id: str, upstream: Mapping[str, tuple[str, ...]], controlled: frozenset[str]
-) -> JunctionSpec | None:
+class _Roads:
+    """What leads where in the loaded network."""
+
+    def __init__(self) -> None:
+        self.feeders = _feeders()
+        """Lane -> lanes from which one may get to it."""
+        self.own_feeders = _own_feeders()
+        """Lane -> lanes that lead into it and nowhere else."""
+        self.controlled = _controlled_lanes()
+
+
+def _junction_spec(tls_id: str, roads: _Roads) -> JunctionSpec | None:
     program = libsumo.trafficlight.getAllProgramLogics(tls_id)[0]
     states = list(green_states([phase.state for phase in program.phases]))
     links = libsumo.trafficlight.getControlledLinks(tls_id)
@@ -67,14 +73,12 @@ def _junction_spec(
     lane_ids = tuple(dict.fromkeys(incoming for incoming, _, _ in directions.values()))
     if not lane_ids:
         return None
-    index = {lane_id: i for i, lane_id in enumerate(lane_ids)}
     approaches = _approaches(lane_ids)
     lanes = tuple(
-        _lane_spec(lane_id, approaches, directions.values(), upstream, controlled)
-        for lane_id in lane_ids
+        _lane_spec(lane_id, approaches, directions.values(), roads) for lane_id in lane_ids
     )
     phases = tuple(
-        _phase(phase_name(i), state, directions, index) for i, state in enumerate(states)
+        _phase(phase_name(i), state, directions, lanes, roads) for i, state in enumerate(states)
     )
     served = tuple(phase for phase in phases if phase.lanes)
     return JunctionSpec(tls_id=tls_id, lanes=lanes, phases=served) if len(served) > 1 else None
@@ -105,8 +109,10 @@ def _phase(
     name: str,
     state: str,
     directions: Mapping[int, tuple[str, str, Turn]],
-    index: Mapping[str, int],
+    specs: Sequence[LaneSpec],
+    roads: _Roads,
 ) -> Phase:
+    index = {spec.lane_id: i for i, spec in enumerate(specs)}
     opened: dict[int, list[tuple[Turn, bool]]] = defaultdict(list)
     downstream: list[str] = []
     inside: list[str] = []
@@ -124,6 +130,7 @@ def _phase(
         protected=tuple(all(priority for _, priority in opened[lane]) for lane in lanes),
         downstream=tuple(dict.fromkeys(downstream)),
         inside=tuple(dict.fromkeys(inside)),
+        upstream=_upstream([specs[lane].chain for lane in lanes], roads),
     )
 
 
@@ -146,10 +153,9 @@ def _lane_spec(
     lane_id: str,
     approaches: Mapping[str, str],
     directions: Iterable[tuple[str, str, Turn]],
-    upstream: Mapping[str, tuple[str, ...]],
-    controlled: frozenset[str],
+    roads: _Roads,
 ) -> LaneSpec:
-    chain = _chain(lane_id, upstream, controlled)
+    chain = _reach([(lane_id, 0.0)], roads.own_feeders, roads.controlled)
     return LaneSpec(
         lane_id=lane_id,
         approach=approaches[libsumo.lane.getEdgeID(lane_id)],
@@ -160,40 +166,57 @@ def _lane_spec(
     )
 
 
-def _chain(
-    lane_id: str, upstream: Mapping[str, tuple[str, ...]], controlled: frozenset[str]
+def _upstream(
+    chains: Sequence[tuple[tuple[str, float], ...]], roads: _Roads
 ) -> tuple[tuple[str, float], ...]:
-    """The lane and what feeds it within detector range, up to the next signal."""
-    chain = [(lane_id, 0.0)]
-    seen = {lane_id}
-    for lane, end in chain:
+    """What is within detector range behind some chains and in none of them."""
+    own = [lane for chain in chains for lane in chain]
+    return _reach(own, roads.feeders, roads.controlled)[len(own) :]
+
+
+def _reach(
+    lanes: Sequence[tuple[str, float]],
+    feeders: Mapping[str, tuple[str, ...]],
+    controlled: frozenset[str],
+) -> tuple[tuple[str, float], ...]:
+    """The lanes and what feeds them within detector range, up to the next signal."""
+    found = list(lanes)
+    seen = {lane for lane, _ in lanes}
+    for lane, end in found:
         start = end + libsumo.lane.getLength(lane)
         if start >= DETECTOR_RANGE_M:
             continue
-        for feeder in upstream.get(lane, ()):
+        for feeder in feeders.get(lane, ()):
             if feeder not in seen and feeder not in controlled:
                 seen.add(feeder)
-                chain.append((feeder, start))
-    return tuple(chain)
+                found.append((feeder, start))
+    return tuple(found)
 
 
-def _predecessors() -> dict[str, tuple[str, ...]]:
-    """Lane -> lanes whose first connection leads into it.
+def _feeders() -> dict[str, tuple[str, ...]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for lane, links in _links():
+        for link in links:
+            found[link[0]].append(lane)
+    return {lane: tuple(dict.fromkeys(feeders)) for lane, feeders in found.items()}
 
-    A lane that widens into several belongs to the first of them only, so no vehicle is counted
-    twice.
-    """
-    feeders: dict[str, list[str]] = defaultdict(list)
+
+def _own_feeders() -> dict[str, tuple[str, ...]]:
+    """A lane that widens into several belongs to the first of them only, so no vehicle is counted
+    twice."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for lane, links in _links():
+        if len({libsumo.lane.getEdgeID(link[0]) for link in links}) == 1:
+            found[links[0][0]].append(lane)
+    return {lane: tuple(feeders) for lane, feeders in found.items()}
+
+
+def _links() -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Every lane of a road with its ways on, but for those back."""
     for lane in libsumo.lane.getIDList():
-        if lane.startswith(":"):
-            continue
-        links = [
-            link for link in libsumo.lane.getLinks(lane) if _TURNS.get(link[6]) != "turnaround"
-        ]
-        edges = {libsumo.lane.getEdgeID(link[0]) for link in links}
-        if len(edges) == 1:
-            feeders[links[0][0]].append(lane)
-    return {lane: tuple(found) for lane, found in feeders.items()}
+        if not lane.startswith(":"):
+            links = libsumo.lane.getLinks(lane)
+            yield lane, [link for link in links if _TURNS.get(link[6]) != "turnaround"]
 
 
 def _controlled_lanes() -> frozenset[str]:

@@ -129,6 +129,8 @@ class Simulation:
         self._seen[spec.tls_id] = now
         # Phases share ways through the junction: each is looked at once.
         halting_veh = functools.cache(libsumo.lane.getLastStepHaltingNumber)
+        present = functools.cache(_present)
+        behind = [[present(*lane) for lane in phase.upstream] for phase in spec.phases]
         space = [_downstream(phase.downstream) for phase in spec.phases]
         return Observation(
             time_s=self.time_s,
@@ -136,6 +138,8 @@ class Simulation:
             downstream_free=tuple(free for free, _ in space),
             downstream_queue_veh=tuple(queue for _, queue in space),
             inside_veh=tuple(sum(map(halting_veh, phase.inside)) for phase in spec.phases),
+            upstream_queue_veh=tuple(sum(halting for halting, _ in lanes) for lanes in behind),
+            upstream_moving_veh=tuple(sum(moving for _, moving in lanes) for lanes in behind),
             current=current,
             green_s=round(self.time_s - self._green_since[spec.tls_id]),
             served_veh=len(served),
@@ -338,6 +342,20 @@ def _sight(lane: LaneSpec) -> tuple[LaneState, set[str]]:
         queue_veh=queue, moving_veh=(moving[0], moving[1], moving[2]), first_wait_s=wait_s
     )
     return state, ids
+
+
+def _present(lane_id: str, end_m: float) -> tuple[int, int]:
+    """Vehicles within detector range that halt and that move on a lane that ends `end_m` before
+    the stop line."""
+    first_m = libsumo.lane.getLength(lane_id) - (DETECTOR_RANGE_M - end_m)
+    vehicle = libsumo.vehicle
+    near = [
+        vehicle.getSpeed(v)
+        for v in libsumo.lane.getLastStepVehicleIDs(lane_id)
+        if vehicle.getLanePosition(v) > first_m
+    ]
+    halting = sum(speed < HALTING_MPS for speed in near)
+    return halting, len(near) - halting
 
 
 def _downstream(lanes: Sequence[str]) -> tuple[float, int]:

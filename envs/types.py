@@ -96,6 +96,9 @@ class Phase:
     """Lanes that the opened links lead into."""
     inside: tuple[str, ...] = ()
     """Lanes within the junction on the ways that the opened links take."""
+    upstream: tuple[tuple[str, float], ...] = ()
+    """Lanes within detector range from which vehicles may come to `lanes`, or turn off before, and
+    the distance of each one's end from the stop line: what the lanes' own chains leave out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +137,10 @@ class Observation:
     inside_veh: tuple[int, ...]
     """For each phase: vehicles that halt within the junction on its ways, such as left turners that
     still wait for a gap."""
+    upstream_queue_veh: tuple[int, ...]
+    """For each phase: vehicles that halt on its `upstream` lanes within 200 m of the stop line."""
+    upstream_moving_veh: tuple[int, ...]
+    """For each phase: vehicles that move there."""
     current: int
     """Index of the running green phase."""
     green_s: int

@@ -90,7 +90,7 @@ class PrepareConfig(Section):
     num_eval_states: int = Field(200, ge=0)
     teachers: tuple[Teacher, ...] = ("max_pressure",)
     """One supervised start each, and each is reinforced by itself."""
-    tellings: int = Field(5, gt=0)
+    tellings: int = Field(10, gt=0)
     """Training rows per state, each with the phases in another order and under other names."""
     lookahead_temperature_veh_s: float = Field(6.0, gt=0)
     """Lookahead's lessons are drawn from softmax(-cost / temperature)."""
@@ -264,7 +264,7 @@ class CheckConfig(Section):
 
     every_steps: int = Field(50, ge=0)
     """Steps from one check to the next, the start being the first; 0: no checks."""
-    scenarios: tuple[str, ...] = Field(("generated:901-904",), min_length=1)
+    scenarios: tuple[str, ...] = Field(("generated:901-903", "generated:908"), min_length=1)
     """None of those that the run is judged on: these choose the model."""
     seeds: int = Field(1, gt=0)
     """Simulation seeds 1..n on each, the same in every check."""

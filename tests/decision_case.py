@@ -65,6 +65,7 @@ def observation(
     free: Sequence[float] = (1.0, 1.0, 1.0),
     behind: Sequence[int] = (0, 0, 0),
     inside: Sequence[int] = (0, 0, 0),
+    upstream: Sequence[tuple[int, int]] = ((0, 0), (0, 0), (0, 0)),
 ) -> Observation:
     """What the junction sees; lanes that are not given are empty."""
     return Observation(
@@ -73,6 +74,8 @@ def observation(
         downstream_free=tuple(free),
         downstream_queue_veh=tuple(behind),
         inside_veh=tuple(inside),
+        upstream_queue_veh=tuple(queue for queue, _ in upstream),
+        upstream_moving_veh=tuple(moving for _, moving in upstream),
         current=current,
         green_s=green_s,
         served_veh=served,

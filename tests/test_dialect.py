@@ -35,6 +35,7 @@ observations = st.builds(
     green_s=st.integers(0, 4000),
     free=st.tuples(*[st.floats(0, 1)] * 3),
     inside=st.tuples(*[st.integers(0, 120)] * 3),
+    upstream=st.tuples(*[st.tuples(*[st.integers(0, 120)] * 2)] * 3),
 )
 
 
@@ -46,13 +47,14 @@ def test_the_text_of_a_decision_is_exactly_this():
         green_s=17,
         free=(0.1, 1.0, 0.2),
         inside=(0, 2, 1),
+        upstream=((3, 1), (0, 0), (0, 2)),
     )
     assert observation_text(decision(seen, legal=(0, 2))) == (
-        "north through+right q2 n1 f3 w15: full q2 n1 m0 f3 w15 choose A\n"
+        "north through+right q2 n1 f3 w15: full q2 n1 m0 f3 w15 upstream u3 v1 choose A\n"
         "north left q4 w105: inside i2 q4 n0 m0 f0 w105\n"
         "north right shared blocked q2 n1 f3 w15, north left yield blocked q4 w105, "
         "east through empty: "
-        "green g15 t10 inside i1 q6 n1 m0 f3 w105 choose C"
+        "green g15 t10 inside i1 q6 n1 m0 f3 w105 upstream v2 choose C"
     )
 
 

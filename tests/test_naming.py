@@ -26,6 +26,7 @@ def seen():
     return observation(
         lane(3, (1, 0, 0), 20), lane(1, wait_s=45), lane(2, (0, 2, 0)),
         current=2, green_s=10, free=(0.9, 0.1, 0.5), behind=(0, 3, 1), inside=(2, 0, 1),
+        upstream=((4, 0), (0, 7), (0, 0)),
     )  # fmt: skip
 
 

@@ -179,7 +179,8 @@ def test_shares_of_an_arm_sum_to_one_and_no_vehicle_is_lost():
             for arm in crossing.arms:
                 assert sum(m.share for m in arm.movements) == pytest.approx(1.0)
                 assert sum(arm.profile) / len(arm.profile) == pytest.approx(1.0)
-        entering = sum(arm.rate_vph for crossing in city.crossings for arm in crossing.arms)
+        arms = [arm for crossing in city.crossings for arm in crossing.arms]
+        entering = sum(arm.rate_vph + sum(arm.turn_offs_vph) for arm in arms)
         assert sum(stream.rate_vph for stream in streams(city)) == pytest.approx(entering)
 
 
