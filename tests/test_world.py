@@ -95,6 +95,23 @@ def test_vehicles_that_wait_within_the_junction_belong_to_the_phases_of_their_wa
     assert all(inside[0] >= inside[1] for inside in seen)
 
 
+def test_vehicles_behind_a_turn_off_are_seen_as_upstream(world):
+    [junction] = world.reset(load_scenario("resco:ingolstadt1"), seed=1)
+    assert all(lane.length_m < 150 for lane in junction.lanes)
+    assert any(phase.upstream for phase in junction.phases)
+    for phase in junction.phases:
+        own = {lane for i in phase.lanes for lane, _ in junction.lanes[i].chain}
+        assert all(lane not in own and 0 < end < 200 for lane, end in phase.upstream)
+    seen = []
+    for _ in range(60):
+        world.drive("max_wave", world.time()[0] + 10)
+        [decision] = world.decisions()
+        seen.append(decision.observation)
+    for i, phase in enumerate(junction.phases):
+        assert any(o.upstream_moving_veh[i] for o in seen) == bool(phase.upstream)
+    assert any(max(o.upstream_queue_veh) for o in seen)
+
+
 def test_vehicles_that_drive_through_a_short_road_do_not_fill_it(world):
     world.reset(load_scenario("resco:ingolstadt1"), seed=1)  # nine metres behind the junction
     for _ in range(60):

@@ -75,16 +75,16 @@ Vector = np.ndarray
 
 
 def vector_length(junction: JunctionSpec) -> int:
-    """Five numbers per lane, four per phase, and the seconds of green."""
-    return 5 * len(junction.lanes) + 4 * len(junction.phases) + 1
+    """Five numbers per lane, six per phase, and the seconds of green."""
+    return 5 * len(junction.lanes) + 6 * len(junction.phases) + 1
 
 
 def vector(decision: Decision) -> Vector:
     """What the detectors of a junction see; the last numbers are the mask of legal phases.
 
     Per lane queue, moving vehicles near, mid and far, and the first wait; seconds of green; per
-    phase who stands within the junction, the free share of the road behind it, whether it runs,
-    whether it is legal.
+    phase who stands within the junction, who halts and who moves further upstream, the free share
+    of the road behind it, whether it runs, whether it is legal.
     """
     observation, num_phases = decision.observation, len(decision.junction.phases)
     lanes = [
@@ -97,11 +97,18 @@ def vector(decision: Decision) -> Vector:
         )
     ]
     green = min(MAX_UNITS, observation.green_s / NUM_S)
-    inside = [min(MAX_UNITS, standing / NUM_VEH) for standing in observation.inside_veh]
+    around = [
+        min(MAX_UNITS, vehicles / NUM_VEH)
+        for vehicles in (
+            *observation.inside_veh,
+            *observation.upstream_queue_veh,
+            *observation.upstream_moving_veh,
+        )
+    ]
     running = [float(i == observation.current) for i in range(num_phases)]
     legal = [float(i in decision.legal) for i in range(num_phases)]
     return np.array(
-        [*lanes, green, *inside, *observation.downstream_free, *running, *legal],
+        [*lanes, green, *around, *observation.downstream_free, *running, *legal],
         dtype=np.float32,
     )
 
