@@ -14,20 +14,10 @@ and of an answer:
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from envs.types import (
-    Action,
-    Decision,
-    LaneSpec,
-    LaneState,
-    Observation,
-    ParseFailure,
-    Turn,
-)
+from envs.answers import FORMATS, choice_words
+from envs.types import Decision, LaneSpec, LaneState, Observation, Turn
 
 Message = dict[str, str]
 
@@ -39,8 +29,7 @@ INSTRUCTIONS = (
     "vehicle stands. full: the road behind the junction is full. inside, i: vehicles that stand "
     "within the junction on the phase's ways. upstream: more vehicles within 200 m on roads that "
     "lead here and elsewhere, u: queued, v: moving. green: the running phase; g: its seconds, t: "
-    "those until the next choice. Choose the next phase to keep everyone's delay small. Answer "
-    'with JSON only, like {"phase": "A"}.'
+    "those until the next choice."
 )
 
 _SECTORS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
@@ -78,6 +67,8 @@ VOCABULARY: tuple[str, ...] = (
     "inside",
     "upstream",
     "choose",
+    "yes",
+    "no",
     *(f"{letter}{n}" for letter in COUNTS for n in range(MAX_COUNT + 1)),
     *(f"{letter}{n}" for letter in DURATIONS for n in sorted({round_s(s) for s in range(241)})),
     *_SECTORS,
@@ -87,26 +78,21 @@ VOCABULARY: tuple[str, ...] = (
 """The words of the prompts, for tokenizers that are built for them."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Parsed:
-    """An action, and whether the completion was exactly the JSON asked for."""
-
-    action: Action
-    strict: bool
-
-
 def messages(decision: Decision, *, instructions: bool = True) -> list[Message]:
     """The chat that asks for a decision; a model trained on the dialect needs no instructions."""
     user = {"role": "user", "content": observation_text(decision)}
-    return [{"role": "system", "content": INSTRUCTIONS}, user] if instructions else [user]
+    asks = f"{INSTRUCTIONS} Keep everyone's delay small. {FORMATS[decision.format].asks}"
+    return [{"role": "system", "content": asks}, user] if instructions else [user]
 
 
 def observation_text(decision: Decision) -> str:
     """What the junction sees, one line per phase."""
-    return "\n".join(_phase_text(decision, i) for i in range(len(decision.junction.phases)))
+    choices = choice_words(decision)
+    num = len(decision.junction.phases)
+    return "\n".join(_phase_text(decision, i, choices.get(i)) for i in range(num))
 
 
-def _phase_text(decision: Decision, index: int) -> str:
+def _phase_text(decision: Decision, index: int, choice: str | None) -> str:
     junction, observation = decision.junction, decision.observation
     phase = junction.phases[index]
     states = [observation.lanes[lane] for lane in phase.lanes]
@@ -125,8 +111,8 @@ def _phase_text(decision: Decision, index: int) -> str:
         words.append(f"inside i{min(observation.inside_veh[index], MAX_COUNT)}")
     words.append(_fields(_total(states)))
     words += _upstream_words(observation, index)
-    if index in decision.legal:
-        words.append(f"choose {phase.name}")
+    if choice is not None:
+        words.append(f"choose {choice}")
     return f"{lanes}: {' '.join(words)}"
 
 
@@ -170,41 +156,3 @@ def _fields(state: LaneState, *, skip_zeros: bool = False) -> str:
     return " ".join(
         f"{letter}{value}" for letter, value in values.items() if value or not skip_zeros
     )
-
-
-def answer_text(decision: Decision, action: Action) -> str:
-    """The completion that names an action."""
-    return json.dumps({"phase": decision.junction.phases[action.phase].name})
-
-
-def parse(decision: Decision, completion: str) -> Parsed | ParseFailure:
-    """The one legal phase the completion names, else why there is none.
-
-    Strict is exactly the JSON asked for. Otherwise one phase must be recognisable; naming two is
-    a failure: guessing which was meant would reward hedging.
-    """
-    names = [phase.name for phase in decision.junction.phases]
-    name, strict = _json_phase(completion), True
-    if name is None:
-        found = set(re.findall(r"\b([A-Z]{1,2})\b", completion)) & set(names)
-        if len(found) != 1:
-            return ParseFailure(reason="no phase" if not found else "more than one phase")
-        name, strict = found.pop(), False
-    if name not in names:
-        return ParseFailure(reason="unknown phase")
-    index = names.index(name)
-    if index not in decision.legal:
-        return ParseFailure(reason="phase not legal now")
-    return Parsed(action=Action(phase=index), strict=strict)
-
-
-def _json_phase(completion: str) -> str | None:
-    try:
-        # As pairs: a dict would silently keep the last of two phases.
-        answer = json.loads(completion, object_pairs_hook=tuple)
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(answer, tuple) and len(answer) == 1:
-        key, name = answer[0]
-        return name if key == "phase" and isinstance(name, str) else None
-    return None

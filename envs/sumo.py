@@ -22,6 +22,7 @@ from envs.layout import DETECTOR_RANGE_M, junction_specs
 from envs.ledger import HALTING_MPS, SAMPLE_S, Ledger, world_digest
 from envs.metrics import trip_stats
 from envs.types import (
+    Action,
     Decision,
     JointAction,
     JunctionSpec,
@@ -59,6 +60,7 @@ class Simulation:
         self._lanes = {s.tls_id: [lane.chain for lane in s.lanes] for s in self.junctions}
         self._current = {spec.tls_id: 0 for spec in self.junctions}
         self._green_since = {spec.tls_id: scenario.begin_s for spec in self.junctions}
+        self._held_until_s = {spec.tls_id: scenario.begin_s for spec in self.junctions}
         self._seen: dict[str, tuple[set[str], ...]] = {}
         self._decisions: tuple[Decision, ...] | None = None
         self._queue_samples: list[float] = []
@@ -110,12 +112,15 @@ class Simulation:
 
     def _decision(self, spec: JunctionSpec) -> Decision:
         observation = self._observe(spec)
+        legal = signals.legal_phases(spec, observation, self.scenario.timing)
+        if self.time_s < self._held_until_s[spec.tls_id]:
+            legal = (observation.current,)
         return Decision(
             scenario=self.scenario.name,
             seed=self.seed,
             junction=spec,
             observation=observation,
-            legal=signals.legal_phases(spec, observation, self.scenario.timing),
+            legal=legal,
             timing=self.scenario.timing,
         )
 
@@ -167,17 +172,20 @@ class Simulation:
                 ledger.step()
                 if (elapsed + self.scenario.step_length_s) % SAMPLE_S == 0:
                     ledger.sample()
+        for tls_id, action in actions.items():
+            self._held_until_s[tls_id] = max(self._held_until_s[tls_id], start + action.hold_s)
         for spec, _ in switching:
-            self._current[spec.tls_id] = actions[spec.tls_id]
+            self._current[spec.tls_id] = actions[spec.tls_id].phase
             self._green_since[spec.tls_id] = start + timing.yellow_s + timing.all_red_s
         self._decisions = None
 
     def _require_legal(self, actions: JointAction) -> None:
         legal = {d.junction.tls_id: d.legal for d in self.decisions()}
-        for tls_id, phase in actions.items():
-            if self.program or phase not in legal.get(tls_id, ()):
+        for tls_id, action in actions.items():
+            if self.program or action.phase not in legal.get(tls_id, ()):
                 raise UserError(
-                    f"phase {phase} of junction {tls_id!r} cannot be chosen at {self.time_s:g} s: "
+                    f"phase {action.phase} of junction {tls_id!r} cannot be chosen at "
+                    f"{self.time_s:g} s: "
                     f"legal are {legal.get(tls_id, 'none, it is not controlled')}"
                 )
 
@@ -186,9 +194,9 @@ class Simulation:
             return []
         self._require_legal(actions)
         return [
-            (spec, spec.phases[actions[spec.tls_id]].state)
+            (spec, spec.phases[actions[spec.tls_id].phase].state)
             for spec in self.junctions
-            if actions.get(spec.tls_id, self._current[spec.tls_id]) != self._current[spec.tls_id]
+            if spec.tls_id in actions and actions[spec.tls_id].phase != self._current[spec.tls_id]
         ]
 
     def _seconds(self, duration_s: float) -> list[float]:
@@ -206,11 +214,11 @@ class Simulation:
         """One decision interval under a classical controller (or the net's own program)."""
         self.step(self._choices(controller), ledger=ledger)
 
-    def _choices(self, controller: str) -> dict[str, int]:
+    def _choices(self, controller: str) -> dict[str, Action]:
         if controller in PROGRAMS:
             return {}
         decide = CONTROLLERS[controller]
-        return {d.junction.tls_id: decide(d).phase for d in self.decisions()}
+        return {d.junction.tls_id: decide(d) for d in self.decisions()}
 
     def drive(self, controller: str, until_s: float, *, horizon_s: float = 60.0) -> None:
         """Follow a controller until a time; `lookahead` branches over `horizon_s`."""
@@ -222,15 +230,15 @@ class Simulation:
             else:
                 self.follow(controller)
 
-    def lookahead(self, horizon_s: float, follow: str) -> dict[str, int]:
+    def lookahead(self, horizon_s: float, follow: str) -> dict[str, Action]:
         """For every junction the phase whose branch costs least, the others following the base."""
         chosen = {}
         for decision in self.decisions():
             tls_id = decision.junction.tls_id
-            candidates = [{tls_id: phase} for phase in decision.legal]
-            outcomes = self.branch(candidates, horizon_s, follow)
+            actions = [Action(phase=phase) for phase in decision.legal]
+            outcomes = self.branch([{tls_id: action} for action in actions], horizon_s, follow)
             costs = [o.time_loss_veh_s for o in outcomes]
-            chosen[tls_id] = decision.legal[costs.index(min(costs))]
+            chosen[tls_id] = actions[costs.index(min(costs))]
         return chosen
 
     def branch(

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 Approach = str
 """Compass name of the arm a lane comes from: north, northeast, east, ..., or one of those with a
 number (`north2`) when two arms share a sector."""
+
+DecisionFormat = Literal["phase", "phase_duration", "extend"]
+"""How a junction is asked: see `envs.answers`."""
 
 Turn = str
 """left, through, right or turnaround."""
@@ -160,18 +164,26 @@ class Decision:
     legal: tuple[int, ...]
     """Indices of the phases that may be chosen now; never empty."""
     timing: SignalTiming = field(default_factory=SignalTiming)
+    format: DecisionFormat = "phase"
 
     def legal_names(self) -> tuple[str, ...]:
         """Names of the legal phases, in order."""
         return tuple(self.junction.phases[i].name for i in self.legal)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
 class Action:
-    """The next green phase of one junction."""
+    """The next green phase of one junction, and for how long it is settled.
+
+    Example:
+        Action(phase=2, hold_s=30)  # C, and no other choice before 30 s have passed
+    """
 
     phase: int
     """Index into `JunctionSpec.phases`."""
+    hold_s: int = 0
+    """Seconds, the change's yellow included, until the junction may choose again; it may not before
+    the next decision instant in any case."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,8 +193,8 @@ class ParseFailure:
     reason: str
 
 
-JointAction = Mapping[str, int]
-"""Next phase index by `tls_id`. Junctions that are not named follow the base controller."""
+JointAction = Mapping[str, Action]
+"""By `tls_id`. Junctions that are not named follow the base controller."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

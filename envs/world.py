@@ -7,7 +7,8 @@ Example:
     with World() as world:
         world.reset(load_scenario("resco:cologne1"), seed=1)
         decision = world.decisions()[0]
-        costs = world.branch([{decision.junction.tls_id: i} for i in decision.legal])
+        tls_id = decision.junction.tls_id
+        costs = world.branch([{tls_id: Action(phase=i)} for i in decision.legal])
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from envs import dialect
+from envs.answers import Parsed, act, answer_text, options, parse
 from envs.controllers import max_pressure
 from envs.naming import retold
 from envs.types import Action, Decision, ParseFailure
@@ -56,15 +57,18 @@ class Telling:
 
     decision: Decision
     order: tuple[int, ...]
-    reference: int
+    reference: Action
     """What max-pressure would choose: branched too, to say what the policy gains over it."""
+
+    def in_world(self, action: Action) -> Action:
+        """An action of this telling as the world knows it."""
+        return replace(action, phase=self.order[action.phase])
 
     def as_told(self, tried: Tried) -> Tried:
         """What was tried in the world, by the places of this telling."""
         outcomes = {
-            place: tried.outcomes[phase]
-            for place, phase in enumerate(self.order)
-            if phase in tried.outcomes
+            replace(action, phase=self.order.index(action.phase)): outcome
+            for action, outcome in tried.outcomes.items()
         }
         return replace(tried, outcomes=outcomes)
 
@@ -76,40 +80,39 @@ class Asked:
     telling: Telling
     prompt_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
-    parsed: tuple[dialect.Parsed | ParseFailure, ...]
+    parsed: tuple[Parsed | ParseFailure, ...]
     spelled: tuple[tuple[int, ...], ...]
-    """For each legal phase the tokens that its answer should have."""
+    """For each legal action the tokens that its answer should have."""
     times_given: tuple[int, ...]
     """How often the policy gave each, where it stands once for several; 0: it did not."""
 
-    def chosen(self) -> list[int | None]:
-        """The phase of each answer by its place; None where there is none."""
-        return [p.action.phase if isinstance(p, dialect.Parsed) else None for p in self.parsed]
+    def chosen(self) -> list[Action | None]:
+        """What each answer means in this telling; None where it means nothing."""
+        return [p.action if isinstance(p, Parsed) else None for p in self.parsed]
 
     def canonical(self) -> tuple[bool, ...]:
         """Which answers are legal and in exactly the tokens that they should have."""
         return tuple(completion.token_ids in self.spelled for completion in self.completions)
 
-    def to_execute(self) -> int:
+    def to_execute(self) -> Action:
         """What the first answer does to its junction while the policy drives; max-pressure decides
         where it is invalid, as in the closed loop."""
-        place = self.chosen()[0]
-        return self.telling.order[self.telling.reference if place is None else place]
+        return self.telling.in_world(self.chosen()[0] or self.telling.reference)
 
     def trial(self, *, tellings: int) -> Trial:
         """What the world is to try; the first answer is executed where the policy drives.
 
-        Every legal phase, if the instant may be told again, but not where all answers of the group
+        Every legal action, if the instant may be told again, but not where all answers of the group
         choose the same: to ask again would hardly teach.
         """
         telling, chosen = self.telling, self.chosen()
-        places = {place for place in chosen if place is not None}
-        if tellings > 1 and len(places) > 1:
-            places |= set(telling.decision.legal)
-        places.add(telling.reference)
+        actions = {action for action in chosen if action is not None}
+        if tellings > 1 and len(actions) > 1:
+            actions |= set(options(telling.decision))
+        actions.add(telling.reference)
         return Trial(
-            phases=tuple(sorted(telling.order[place] for place in places)),
-            executed=None if chosen[0] is None else telling.order[chosen[0]],
+            actions=tuple(sorted(map(telling.in_world, actions))),
+            executed=None if chosen[0] is None else telling.in_world(chosen[0]),
         )
 
 
@@ -119,7 +122,7 @@ def tell(decision: Decision, rng: random.Random) -> Telling:
     return Telling(
         decision=told,
         order=order,
-        reference=order.index(max_pressure(decision).phase),
+        reference=act(told, order.index(max_pressure(decision).phase)),
     )
 
 
@@ -154,7 +157,7 @@ async def ask(
             telling=telling,
             prompt_ids=tuple(prompt),
             completions=tuple(completions),
-            parsed=tuple(dialect.parse(telling.decision, c.text) for c in completions),
+            parsed=tuple(parse(telling.decision, c.text) for c in completions),
             spelled=_spelled(telling.decision, render),
             times_given=(1,) * len(completions),
         )
@@ -164,5 +167,5 @@ async def ask(
 
 
 def _spelled(decision: Decision, render: Render) -> tuple[tuple[int, ...], ...]:
-    texts = (dialect.answer_text(decision, Action(phase=phase)) for phase in decision.legal)
+    texts = (answer_text(decision, action) for action in options(decision))
     return tuple(render.answer_ids(text) for text in texts)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from envs import dialect
+from envs.answers import Parsed, act, offered, parse
 from envs.controllers import CONTROLLERS, PROGRAMS
 from envs.scenario import load_scenario
-from envs.types import Decision, Scenario, TripStats
+from envs.types import Action, Decision, Scenario, TripStats
 from envs.world import World
 from rl_ft.config import Config
 from rl_ft.types import Completion
@@ -95,16 +95,16 @@ class _Seat:
 
     def start(self) -> None:
         self._world.reset(self._scenario, self.job.seed)
-        self.decisions = self._world.decisions()
+        self.decisions = self._asked()
 
     def advance(self, answers: Sequence[str | None]) -> float:
         """Act on the answers to `decisions` (None where there was no choice).
 
         Returns the share of the episode that this was.
         """
-        chosen = [self._phase(d, a) for d, a in zip(self.decisions, answers, strict=True)]
+        chosen = [self._action(d, a) for d, a in zip(self.decisions, answers, strict=True)]
         self._world.step(
-            {d.junction.tls_id: phase for d, phase in zip(self.decisions, chosen, strict=True)}
+            {d.junction.tls_id: action for d, action in zip(self.decisions, chosen, strict=True)}
         )
         left_s = self._scenario.end_s - self.decisions[0].observation.time_s
         interval_s = self._scenario.timing.decision_interval_s
@@ -114,20 +114,23 @@ class _Seat:
             )
             self._world.close()
         else:
-            self.decisions = self._world.decisions()
+            self.decisions = self._asked()
         return min(interval_s, left_s) / (self._scenario.end_s - self._scenario.begin_s)
 
-    def _phase(self, decision: Decision, answer: str | None) -> int:
+    def _asked(self) -> tuple[Decision, ...]:
+        return tuple(offered(d, self._config.decision_format) for d in self._world.decisions())
+
+    def _action(self, decision: Decision, answer: str | None) -> Action:
         if answer is None:
-            return decision.legal[0]
+            return Action(phase=decision.legal[0])
         self._counts["decisions"] += 1
-        parsed = dialect.parse(decision, answer)
-        if isinstance(parsed, dialect.Parsed):
+        parsed = parse(decision, answer)
+        if isinstance(parsed, Parsed):
             self._counts["partial_answers"] += not parsed.strict
-            return parsed.action.phase
+            return parsed.action
         self._counts["invalid_answers"] += 1
         self._counts["fallbacks"] += 1
-        return CONTROLLERS[self._config.evaluate.fallback](decision).phase
+        return act(decision, CONTROLLERS[self._config.evaluate.fallback](decision).phase)
 
     def close(self) -> None:
         self._world.close()

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from envs.scenario import expand
+from envs.types import DecisionFormat
 
 Teacher = Literal["max_pressure", "lookahead"]
 Controller = Literal["fixed", "actuated", "max_pressure", "max_wave", "random", "lookahead"]
@@ -314,6 +315,9 @@ class Config(Section):
 
     recipe: str = "tiny-cpu"
     seed: int = 1
+    decision_format: DecisionFormat = "phase"
+    """What a junction is asked: the next phase, the next phase and for how long (phase_duration),
+    or whether the running green goes on (extend)."""
     scenarios: ScenarioConfig = ScenarioConfig()
     model: ModelConfig = ModelConfig()
     prepare: PrepareConfig = PrepareConfig()

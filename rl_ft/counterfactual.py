@@ -18,8 +18,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from envs import dialect
-from envs.types import Action
+from envs.answers import Parsed, answer_text, options
 from rl_ft.asking import Asked
 from rl_ft.types import Completion
 
@@ -40,23 +39,22 @@ def with_counterfactuals(asked: Asked, rng: random.Random) -> Asked:
         if first_place.setdefault(completion.token_ids, place) != place:
             repeats.append(place)
     decision = asked.telling.decision
-    answers = zip(decision.legal, asked.spelled, strict=True)
-    missing = [(phase, token_ids) for phase, token_ids in answers if token_ids not in first_place]
+    answers = zip(options(decision), asked.spelled, strict=True)
+    missing = [(action, token_ids) for action, token_ids in answers if token_ids not in first_place]
     completions, parsed = list(asked.completions), list(asked.parsed)
     times_given = list(asked.times_given)
     drawn = rng.sample(missing, min(len(missing), len(repeats)))
-    for place, (phase, token_ids) in zip(repeats, drawn, strict=False):
-        action = Action(phase=phase)
+    for place, (action, token_ids) in zip(repeats, drawn, strict=False):
         times_given[first_place[completions[place].token_ids]] += times_given[place]
         times_given[place] = 0
         completions[place] = Completion(
             token_ids=token_ids,
             logprobs=None,
-            text=dialect.answer_text(decision, action),
+            text=answer_text(decision, action),
             finish_reason="stop",
             weights_version=completions[place].weights_version,
         )
-        parsed[place] = dialect.Parsed(action=action, strict=True)
+        parsed[place] = Parsed(action=action, strict=True)
     return replace(
         asked,
         completions=tuple(completions),

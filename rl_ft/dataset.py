@@ -15,17 +15,19 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from envs import dialect
+from envs.answers import act, answer_text
 from envs.controllers import max_pressure
 from envs.errors import UserError
 from envs.scenario import content_hash, load_scenario
 from envs.types import (
     Action,
     Decision,
+    DecisionFormat,
     JunctionSpec,
     Observation,
     Outcome,
@@ -54,7 +56,7 @@ class Candidate(_Record):
     """A legal answer and what it leads to."""
 
     answer: str
-    phase: int
+    action: Action
     outcome: Outcome
 
 
@@ -128,7 +130,7 @@ class Manifest(_Record):
     """Where a dataset comes from and what it consists of."""
 
     schema_version: int
-    decision_format: Literal["phase"]
+    decision_format: DecisionFormat
     seed: int
     rl_ft: str
     sumo: str
@@ -167,7 +169,7 @@ def write_dataset(
     names = sorted({state.decision.scenario for state in states})
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        decision_format="phase",
+        decision_format=config.decision_format,
         seed=config.seed,
         rl_ft=version("rl-ft"),
         sumo=version("eclipse-sumo"),
@@ -192,13 +194,15 @@ def adopt_dataset(source: Path, directory: Path, config: Config) -> Manifest:
     for teacher in config.prepare.teachers:
         for file in (source / f"sft_{teacher}.jsonl", source / f"eval_{teacher}.jsonl"):
             read_lessons(file)
-    measured = {"horizon_s": manifest.horizon_s, "follow": manifest.follow}
-    for key, value in measured.items():
-        wanted = getattr(config.reward, key)
-        if value != wanted:
+    for key, found, wanted in (
+        ("reward.horizon_s", manifest.horizon_s, config.reward.horizon_s),
+        ("reward.follow", manifest.follow, config.reward.follow),
+        ("decision_format", manifest.decision_format, config.decision_format),
+    ):
+        if found != wanted:
             raise UserError(
-                f"the outcomes in {source} were measured with {key} {value}, reward.{key} is "
-                f"{wanted}: --set reward.{key}={value}"
+                f"the dataset in {source} was measured with {key} {found}, wanted is {wanted}: "
+                f"--set {key}={found}"
             )
     aside = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -250,7 +254,7 @@ def read_states(directory: Path) -> list[DecisionState]:
     check_file(file, manifest, num_rows=1)
     if not rows:
         raise UserError(f"{directory / GRPO_FILE} holds no rows; raise prepare.num_states")
-    return [_state(row, places[row.scenario]) for row in rows]
+    return [_state(row, places[row.scenario], manifest.decision_format) for row in rows]
 
 
 def read_lessons(file: Path) -> list[SftRow]:
@@ -286,29 +290,26 @@ def _grpo_line(state: DecisionState, config: Config) -> str:
         way=state.way,
         prompt=tuple(dialect.messages(decision, instructions=config.model.instructions)),
         candidates=tuple(
-            Candidate(
-                answer=dialect.answer_text(decision, Action(phase=phase)),
-                phase=phase,
-                outcome=outcome,
-            )
-            for phase, outcome in state.outcomes.items()
+            Candidate(answer=answer_text(decision, action), action=action, outcome=outcome)
+            for action, outcome in state.outcomes.items()
         ),
-        max_pressure=dialect.answer_text(decision, max_pressure(decision)),
+        max_pressure=answer_text(decision, act(decision, max_pressure(decision).phase)),
         observation=decision.observation,
     )
     return row.model_dump_json()
 
 
-def _state(row: GrpoRow, place: Place) -> DecisionState:
+def _state(row: GrpoRow, place: Place, asked_as: DecisionFormat) -> DecisionState:
     decision = Decision(
         scenario=row.scenario,
         seed=row.seed,
         junction=place.junctions[row.junction],
         observation=row.observation,
-        legal=tuple(candidate.phase for candidate in row.candidates),
+        legal=tuple(sorted({candidate.action.phase for candidate in row.candidates})),
         timing=place.timing,
+        format=asked_as,
     )
-    outcomes = {candidate.phase: candidate.outcome for candidate in row.candidates}
+    outcomes = {candidate.action: candidate.outcome for candidate in row.candidates}
     return DecisionState(decision=decision, outcomes=outcomes, way=row.way)
 
 

@@ -103,6 +103,7 @@ def sumo(config: Config) -> Check:
 def exact_branching(config: Config) -> Check:
     """The branch of an action equals the live world that then takes it, vehicle for vehicle."""
     from envs.scenario import load_scenario
+    from envs.types import Action
     from envs.world import World
 
     scenario = load_scenario(SCENARIO)
@@ -112,7 +113,8 @@ def exact_branching(config: Config) -> Check:
         world.drive("max_wave", scenario.begin_s + WARM_UP_S)
         for _ in range(5):
             decision = world.decisions()[0]
-            actions = [{decision.junction.tls_id: phase} for phase in decision.legal]
+            tls_id = decision.junction.tls_id
+            actions = [{tls_id: Action(phase=phase)} for phase in decision.legal]
             branched = world.branch(actions, HORIZON_S, "max_wave")
             if world.play(actions[-1], HORIZON_S, "max_wave") != branched[-1]:
                 return Check(

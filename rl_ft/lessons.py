@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 from envs import dialect
+from envs.answers import act, answer_text, options
 from envs.controllers import CONTROLLERS
 from envs.naming import retold
 from envs.types import Action
@@ -40,29 +42,34 @@ def lessons(
     rows = []
     for _ in range(num):
         told, order = retold(state.decision, tellings)
-        answers = {place: dialect.answer_text(told, Action(phase=place)) for place in told.legal}
+        answers = {
+            action: answer_text(told, replace(action, phase=order.index(action.phase)))
+            for action in costs
+        }
         if teacher != "lookahead":
-            phase = CONTROLLERS[teacher](state.decision).phase
+            action = act(state.decision, CONTROLLERS[teacher](state.decision).phase)
         elif soften:
-            phase = draw_cheap(costs, config.prepare.lookahead_temperature_veh_s, choices)
+            action = draw_cheap(costs, config.prepare.lookahead_temperature_veh_s, choices)
         else:
-            phase = min(costs, key=costs.__getitem__)
+            action = min(costs, key=costs.__getitem__)
         chat = dialect.messages(told, instructions=config.model.instructions)
+        legal = [answer_text(told, option) for option in options(told)]
+        by_answer = {answer: costs[action] for action, answer in answers.items()}
         rows.append(
             {
                 "id": state.id,
-                "messages": [*chat, {"role": "assistant", "content": answers[order.index(phase)]}],
-                "legal_answers": list(answers.values()),
-                "cost_veh_s": {answers[place]: costs[order[place]] for place in told.legal},
+                "messages": [*chat, {"role": "assistant", "content": answers[action]}],
+                "legal_answers": legal,
+                "cost_veh_s": {answer: by_answer[answer] for answer in legal},
             }
         )
     return rows
 
 
-def draw_cheap(costs: dict[int, float], temperature_veh_s: float, rng: random.Random) -> int:
-    """A phase drawn from softmax(-cost / temperature).
+def draw_cheap(costs: dict[Action, float], temperature_veh_s: float, rng: random.Random) -> Action:
+    """An action drawn from softmax(-cost / temperature).
 
-    Where all phases cost nearly the same, chance decides: to insist on the cheapest would teach
+    Where all cost nearly the same, chance decides: to insist on the cheapest would teach
     noise, and leave nothing to explore.
     """
     least = min(costs.values())

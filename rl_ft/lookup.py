@@ -50,6 +50,6 @@ class LookupPool:
 
 
 def _look_up(state: DecisionState, trial: Trial) -> Tried:
-    # One phase alone is not simulated, so it has no outcome here either.
-    phases = trial.phases if len(trial.phases) > 1 else ()
-    return Tried(outcomes={phase: state.outcomes[phase] for phase in phases})
+    # One action alone is not simulated, so it has no outcome here either.
+    actions = trial.actions if len(trial.actions) > 1 else ()
+    return Tried(outcomes={action: state.outcomes[action] for action in actions})

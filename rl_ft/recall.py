@@ -11,13 +11,14 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
+from envs.answers import options
 from envs.types import Decision
 from rl_ft.worlds import Tried
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Instant:
-    """A decision, and what each of its legal phases led to."""
+    """A decision, and what each of its legal answers led to."""
 
     decision: Decision
     tried: Tried
@@ -29,8 +30,8 @@ class Instant:
         return replace(self, tried=tried, times_told=self.times_told + told)
 
     def is_complete(self) -> bool:
-        """Every legal phase was tried, so any answer has its reward."""
-        return set(self.decision.legal) <= self.tried.outcomes.keys()
+        """Everything that may be answered was tried, so any answer has its reward."""
+        return set(options(self.decision)) <= self.tried.outcomes.keys()
 
 
 class Recall:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from envs.answers import label, offered
 from envs.errors import UserError
 from envs.scenario import content_hash, load_scenario
 from envs.world import World
@@ -56,13 +57,15 @@ def replay(state: DecisionState, manifest: Manifest) -> Replayed:
         for leg in state.way:
             world.drive(leg.driver, leg.until_s)
         tls_id = decision.junction.tls_id
-        now = [d for d in world.decisions() if d.junction.tls_id == tls_id]
+        now = [
+            offered(d, decision.format) for d in world.decisions() if d.junction.tls_id == tls_id
+        ]
         if now != [decision]:
             return Replayed(id=state.id, difference="the junction sees something else there now")
         outcomes = world.branch(
-            [{tls_id: phase} for phase in state.outcomes], manifest.horizon_s, manifest.follow
+            [{tls_id: action} for action in state.outcomes], manifest.horizon_s, manifest.follow
         )
-    names = [decision.junction.phases[phase].name for phase in state.outcomes]
+    names = [label(decision, action) for action in state.outcomes]
     changed = [
         name
         for name, was, now in zip(names, state.outcomes.values(), outcomes, strict=True)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from envs import dialect
+from envs.answers import Parsed, label, options
 from envs.errors import WorldError
 from envs.reward import Reward, cost_veh_s, group_rewards
-from envs.types import Decision, ParseFailure
+from envs.types import Action, Decision, ParseFailure
 from rl_ft.advantage import group_advantages, is_zero_variance
 from rl_ft.asking import Asked, Generate, Render, ask, tell
 from rl_ft.config import Config
@@ -70,8 +71,8 @@ class Collected:
 
 _Questions = list[tuple[Asked, Instant]]
 
-Score = Callable[[Decision, Sequence[int | None], Sequence[str], Tried], Sequence[Reward]]
-"""Rewards of one group from the decision, each answer's phase and format, and what was tried."""
+Score = Callable[[Decision, Sequence[Action | None], Sequence[str], Tried], Sequence[Reward]]
+"""Rewards of one group from the decision, each answer's action and format, and what was tried."""
 
 
 async def collect_groups(
@@ -220,10 +221,10 @@ def _group(
     tried = asked.telling.as_told(instant.tried)
     weights = reward_weights(config)
     kinds = [_kind(parsed) for parsed in asked.parsed]
-    phases = asked.chosen()
+    chosen = asked.chosen()
     decision, reference = asked.telling.decision, asked.telling.reference
-    costs = {phase: cost_veh_s(o, weights) for phase, o in tried.outcomes.items()}
-    totals = [reward.total for reward in score(decision, phases, kinds, tried)]
+    costs = {action: cost_veh_s(o, weights) for action, o in tried.outcomes.items()}
+    totals = [reward.total for reward in score(decision, chosen, kinds, tried)]
     valid = [True] * len(totals)
     group = RolloutGroup(
         group_id=state_id(decision),
@@ -243,12 +244,12 @@ def _group(
         zero_variance=int(is_zero_variance(totals, valid)),
         completions=len(given),
         counterfactual=asked.times_given.count(0),
-        distinct=len({phases[i] for i in given}),
+        distinct=len({chosen[i] for i in given}),
         agreed=int(tried.agreed is True),
         disagreed=int(tried.agreed is False),
         **Counter(kinds[i] for i in given),
     )
-    paid = [costs[phases[i]] for i in given if phases[i] in costs]
+    paid = [costs[action] for i in given if (action := chosen[i]) in costs]
     tally.sums.update(reward=sum(totals[i] for i in given) / len(given))
     if paid and is_new:
         mean = sum(paid) / len(paid)
@@ -262,19 +263,19 @@ def traffic_score(config: Config) -> Score:
     weights = reward_weights(config)
 
     def score(
-        _: Decision, phases: Sequence[int | None], kinds: Sequence[str], tried: Tried
+        _: Decision, chosen: Sequence[Action | None], kinds: Sequence[str], tried: Tried
     ) -> Sequence[Reward]:
         if tried.outcomes:
-            outcomes = [None if phase is None else tried.outcomes[phase] for phase in phases]
+            outcomes = [None if action is None else tried.outcomes[action] for action in chosen]
             return group_rewards(outcomes, kinds, weights)
-        # One distinct phase, the reference's own, is not simulated: the format alone differs.
+        # One distinct action, the reference's own, is not simulated: the format alone differs.
         earned = group_rewards([None] * len(kinds), kinds, weights)
         return [Reward(traffic=0.0, format=r.format, cost_veh_s=None) for r in earned]
 
     return score
 
 
-def _kind(parsed: dialect.Parsed | ParseFailure) -> str:
+def _kind(parsed: Parsed | ParseFailure) -> str:
     if isinstance(parsed, ParseFailure):
         return "invalid"
     return "strict" if parsed.strict else "partial"
@@ -284,18 +285,17 @@ def _count_failure(tally: Tally, cause: str) -> None:
     tally.counts.update({"failed": 1, f"failed/{cause}": 1})
 
 
-def _example(asked: Asked, costs: dict[int, float]) -> dict[str, Any]:
+def _example(asked: Asked, costs: dict[Action, float]) -> dict[str, Any]:
     decision = asked.telling.decision
-    names = [phase.name for phase in decision.junction.phases]
     first = asked.chosen()[0]
     return {
         "id": state_id(decision),
         "prompt": dialect.observation_text(decision),
         "answer": asked.completions[0].text,
-        "legal": list(decision.legal_names()),
-        "cost_veh_s": {names[phase]: cost for phase, cost in costs.items()},
-        "chosen": None if first is None else names[first],
-        "teacher": names[asked.telling.reference],
+        "legal": [label(decision, action) for action in options(decision)],
+        "cost_veh_s": {label(decision, action): cost for action, cost in costs.items()},
+        "chosen": None if first is None else label(decision, first),
+        "teacher": label(decision, asked.telling.reference),
     }
 
 

@@ -26,7 +26,7 @@ from envs.errors import UserError
 from rl_ft.config import Config
 from rl_ft.recipe import differences, read_config
 
-_DATA = ("seed", "scenarios", "model", "prepare", "reward")
+_DATA = ("seed", "decision_format", "scenarios", "model", "prepare", "reward")
 _SFT = (*_DATA, "sft")
 _GRPO = (*_SFT, "rollout", "grpo", "generation", "parity", "health", "check")
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {

@@ -1,6 +1,6 @@
 """Decision states: instants at which the choice matters, with all that it leads to.
 
-Walks the training scenarios under mixed behaviour; at each instant that is kept every legal phase
+Walks the training scenarios under mixed behaviour; at each instant that is kept every legal action
 is tried by branching. A state also knows the way to it, so that anyone can go back there and
 measure again. Worlds run in parallel, one per core; the states do not depend on how many.
 """
@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from envs.answers import offered, options
 from envs.errors import UserError
 from envs.reward import RewardWeights, cost_veh_s
 from envs.scenario import expand, load_scenario
-from envs.types import Decision, Outcome
+from envs.types import Action, Decision, Outcome
 from envs.world import World
 from rl_ft.config import Config
 from rl_ft.progress import track
@@ -37,16 +38,16 @@ class Leg:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecisionState:
-    """One junction at one instant, what each of its legal phases leads to, and the way there.
+    """One junction at one instant, what each of its legal actions leads to, and the way there.
 
     Example:
-        DecisionState(decision=decision, outcomes={0: outcome, 2: outcome},
+        DecisionState(decision=decision, outcomes={Action(phase=0): best, Action(phase=2): other},
                       way=(Leg(driver="max_wave", until_s=120), Leg(driver="random", until_s=180)))
     """
 
     decision: Decision
-    outcomes: Mapping[int, Outcome]
-    """By index of the phase, for every legal one."""
+    outcomes: Mapping[Action, Outcome]
+    """For everything that may be answered (`envs.answers.options`)."""
     way: tuple[Leg, ...]
     """From the begin of the scenario, under the decision's seed."""
 
@@ -55,9 +56,9 @@ class DecisionState:
         """See `state_id`."""
         return state_id(self.decision)
 
-    def costs_veh_s(self, weights: RewardWeights) -> dict[int, float]:
-        """What each legal phase costs."""
-        return {phase: cost_veh_s(outcome, weights) for phase, outcome in self.outcomes.items()}
+    def costs_veh_s(self, weights: RewardWeights) -> dict[Action, float]:
+        """What each legal action costs."""
+        return {action: cost_veh_s(outcome, weights) for action, outcome in self.outcomes.items()}
 
 
 def state_id(decision: Decision) -> str:
@@ -120,7 +121,8 @@ def _walk(config: Config, world: World, name: str, seed: int) -> Iterator[Decisi
             driver = draw_driver(prepare.behaviour, rng)
             driver_until_s = time_s + prepare.behaviour.swap_interval_s
         if time_s >= next_s:
-            worthy = [d for d in world.decisions() if worth_asking(d, prepare.min_queue_veh)]
+            asked = [offered(d, config.decision_format) for d in world.decisions()]
+            worthy = [d for d in asked if worth_asking(d, prepare.min_queue_veh)]
             if worthy:
                 decision = rng.choice(worthy)
                 outcomes = measure(config, world, decision)
@@ -134,11 +136,12 @@ def _walk(config: Config, world: World, name: str, seed: int) -> Iterator[Decisi
         way.append(Leg(driver=driver, until_s=time_s))
 
 
-def measure(config: Config, world: World, decision: Decision) -> dict[int, Outcome]:
-    """What every legal phase leads to, from the instant at which the world is."""
+def measure(config: Config, world: World, decision: Decision) -> dict[Action, Outcome]:
+    """What every legal action leads to, from the instant at which the world is."""
+    actions = options(decision)
     outcomes = world.branch(
-        [{decision.junction.tls_id: phase} for phase in decision.legal],
+        [{decision.junction.tls_id: action} for action in actions],
         config.reward.horizon_s,
         config.reward.follow,
     )
-    return dict(zip(decision.legal, outcomes, strict=True))
+    return dict(zip(actions, outcomes, strict=True))

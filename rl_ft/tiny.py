@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from envs.answers import PIECES
 from envs.dialect import VOCABULARY
 from rl_ft.config import TinyModelConfig
 
@@ -25,7 +26,6 @@ MAX_INTEGER = 299
 """Integers up to here are one token each; larger ones are their digits."""
 MAX_POSITION = 2048
 _NUMBER_TOKEN = re.compile(r"([a-z]?)(\d{1,3})")
-ANSWER_OPEN, ANSWER_CLOSE = '{"phase": "', '"}'
 PAD, SYSTEM, USER, ASSISTANT, END = "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, SYSTEM, USER, ASSISTANT, END)
 CHAT_TEMPLATE = (
@@ -94,7 +94,7 @@ def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> PreTrainedTokeniz
     pieces: list[str] = []
     for bare in (*vocabulary, *map(str, range(MAX_INTEGER + 1))):
         pieces += [bare, f" {bare}"]
-    pieces += [ANSWER_OPEN, ANSWER_CLOSE]
+    pieces += PIECES
     tokens = dict.fromkeys([*SPECIAL_TOKENS, *sorted(ByteLevel.alphabet())])
     tokens |= dict.fromkeys(_as_bytes(piece) for piece in pieces)
     # `ignore_merges` looks a whole piece up first; without merges the rest falls into bytes.
@@ -125,7 +125,7 @@ def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> PreTrainedTokeniz
 def _piece_pattern(vocabulary: Sequence[str]) -> str:
     """Oniguruma pattern of the pieces that are one token; longer words are tried first."""
     words = sorted(set(vocabulary), key=lambda word: (-len(word), word))
-    alternatives = [re.escape(ANSWER_OPEN), re.escape(ANSWER_CLOSE)]
+    alternatives = [re.escape(piece) for piece in PIECES]
     for word in words:
         # A word inside a longer one ("in" in "minute") is not that word.
         before = "(?: |(?<![A-Za-z0-9]))" if word[0].isalnum() else " ?"

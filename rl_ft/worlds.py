@@ -16,9 +16,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from envs.answers import offered
 from envs.errors import UserError, WorldError
 from envs.scenario import load_scenario
-from envs.types import Decision, JointAction, Outcome
+from envs.types import Action, Decision, JointAction, Outcome
 from envs.world import World
 from rl_ft.config import BehaviourConfig, Config
 
@@ -30,18 +31,18 @@ MAX_BARREN_EPISODES = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """What to try at a world's current decision: distinct phases, and the one to execute."""
+    """What to try at a world's current decision: distinct actions, and the one to execute."""
 
-    phases: tuple[int, ...]
-    executed: int | None
+    actions: tuple[Action, ...]
+    executed: Action | None
     """The policy's own choice; None if it made none (an invalid answer): the base decides."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tried:
-    """Outcome by phase; or the cause of the world's failure."""
+    """Outcome by action; or the cause of the world's failure."""
 
-    outcomes: dict[int, Outcome]
+    outcomes: dict[Action, Outcome]
     failure: str | None = None
     agreed: bool | None = None
     """The live world equals the branch of the executed action after one interval; None where
@@ -66,7 +67,7 @@ class _Episode:
         self.driver_until_s = -1.0
         self.decision: Decision | None = None
         self.forced: JointAction = {}
-        """Phases of the junctions that have no choice while the policy drives."""
+        """What the junctions do that have no choice while the policy drives."""
         self.pause = 0
         """Decision intervals that pass before the next question."""
 
@@ -122,7 +123,8 @@ class WorldPool:
                     raise UserError(self._barren())
                 self._start(index, episode.world)
                 continue
-            decisions = episode.world.decisions()
+            asked_as = self._config.decision_format
+            decisions = [offered(d, asked_as) for d in episode.world.decisions()]
             worthy = [d for d in decisions if self._matters(d)]
             if worthy and not episode.pause:
                 episode.pause = rng.randint(0, self._rollout.max_pause)
@@ -134,7 +136,7 @@ class WorldPool:
             choices = tuple(d for d in decisions if len(d.legal) > 1)
             if episode.driver == "policy" and choices:
                 forced = (d for d in decisions if len(d.legal) == 1)
-                episode.forced = {d.junction.tls_id: d.legal[0] for d in forced}
+                episode.forced = {d.junction.tls_id: Action(phase=d.legal[0]) for d in forced}
                 return choices
             episode.world.drive(driver, time_s + 1)
 
@@ -179,19 +181,23 @@ class WorldPool:
     def _try(self, index: int, episode: _Episode, trial: Trial) -> Tried:
         assert episode.decision is not None
         tls_id = episode.decision.junction.tls_id
-        outcomes: dict[int, Outcome] = {}
-        if len(trial.phases) > 1:
+        outcomes: dict[Action, Outcome] = {}
+        if len(trial.actions) > 1:
             found = episode.world.branch(
-                [{tls_id: phase} for phase in trial.phases],
+                [{tls_id: action} for action in trial.actions],
                 self._config.reward.horizon_s,
                 self._config.reward.follow,
             )
-            outcomes = dict(zip(trial.phases, found, strict=True))
+            outcomes = dict(zip(trial.actions, found, strict=True))
         agreed = self._execute(index, episode, trial.executed, outcomes)
         return Tried(outcomes=outcomes, agreed=agreed)
 
     def _execute(
-        self, index: int, episode: _Episode, executed: int | None, outcomes: dict[int, Outcome]
+        self,
+        index: int,
+        episode: _Episode,
+        executed: Action | None,
+        outcomes: dict[Action, Outcome],
     ) -> bool | None:
         decision = episode.decision
         assert decision is not None

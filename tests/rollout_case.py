@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import permutations
 
 from envs import dialect
+from envs.answers import answer_text
 from envs.controllers import max_pressure
 from envs.naming import renamed
 from envs.types import Action, Decision, JointAction
@@ -107,7 +108,7 @@ class Sampler:
         if not isinstance(answer, str):
             answer = answer(decision)
         if not isinstance(answer, str):
-            answer = dialect.answer_text(decision, Action(phase=answer))
+            answer = answer_text(decision, Action(phase=answer))
         token_ids = Letters().answer_ids(answer)
         return Completion(
             token_ids=token_ids,

@@ -15,6 +15,7 @@ import pytest
 from grpo_case import model_folder
 
 from envs import dialect
+from envs.answers import answer_text, options
 from envs.naming import retold
 from envs.types import Action, Decision
 from rl_ft.config import Config
@@ -169,7 +170,7 @@ def assignment(modules, tmp_path):
     pool = WorldPool(config, config.scenarios.train, seed=3, num_worlds=2)
     for _ in range(3):
         decisions = [state for state in pool.states() if isinstance(state, Decision)]
-        pool.settle([Trial(phases=d.legal, executed=d.legal[0]) for d in decisions])
+        pool.settle([Trial(actions=options(d), executed=options(d)[0]) for d in decisions])
     pool.close()
     told = [retold(d, random.Random(1))[0] for d in decisions]
     model = str(model_folder(tmp_path))
@@ -204,7 +205,7 @@ def test_the_plain_way_meets_the_same_states_and_starts_sumo_for_every_legal_ans
     file = tmp_path / "assignment.pickle"
     file.write_bytes(pickle.dumps(assignment))
     first, last = (
-        [dialect.answer_text(d, Action(phase=d.legal[i])) for d in assignment.told] for i in (0, -1)
+        [answer_text(d, Action(phase=d.legal[i])) for d in assignment.told] for i in (0, -1)
     )
     answers = [first[0], last[0], first[1], "what?"]
     done = subprocess.run(

@@ -16,7 +16,7 @@ import pytest
 from envs.errors import UserError, WorldError
 from envs.fork import fork_map
 from envs.scenario import load_scenario
-from envs.types import Decision, Scenario
+from envs.types import Action, Decision, Scenario
 from envs.world import World
 
 HORIZON_S = 60.0
@@ -64,8 +64,12 @@ def start(world: World, scenario: Scenario, warm_up_s: float) -> None:
     world.drive("max_pressure", scenario.begin_s + warm_up_s)
 
 
-def candidates(decision: Decision) -> list[dict[str, int]]:
-    return [{decision.junction.tls_id: phase} for phase in decision.legal]
+def candidates(decision: Decision) -> list[dict[str, Action]]:
+    return [{decision.junction.tls_id: Action(phase=phase)} for phase in decision.legal]
+
+
+def last_legal(decisions: tuple[Decision, ...]) -> dict[str, Action]:
+    return {d.junction.tls_id: Action(phase=d.legal[-1]) for d in decisions}
 
 
 def busiest(decisions: tuple[Decision, ...]) -> Decision:
@@ -88,7 +92,7 @@ def test_the_branch_of_the_executed_action_is_what_then_happens(started):
 def test_one_interval_of_the_executed_action_equals_its_branch(started):
     world, _ = started
     for instant in range(2):
-        joint = {d.junction.tls_id: d.legal[-1] for d in world.decisions()}
+        joint = last_legal(world.decisions())
         tries = [joint, *candidates(busiest(world.decisions()))]
         outcomes = world.branch(tries, 20.0, "max_wave", parallel=1 + instant % 2)
         assert world.step(joint) == outcomes[0].interval_digest
@@ -106,7 +110,7 @@ def test_branching_leaves_the_live_world_untouched(started):
             if parallel:
                 world.branch(candidates(busiest(decisions)), 20.0, parallel=parallel)
             assert world.decisions() == decisions
-            history.append(world.step({d.junction.tls_id: d.legal[-1] for d in decisions}))
+            history.append(world.step(last_legal(decisions)))
         histories.append([*history, world.trips()])
     assert histories[0] == histories[1] == histories[2]
 
@@ -141,7 +145,7 @@ def test_an_illegal_candidate_is_the_callers_mistake_and_changes_nothing(world):
     start(world, load_scenario("generated:1"), 100)
     (decision,) = world.decisions()
     tls_id = decision.junction.tls_id
-    for wrong in ({tls_id: 99}, {"nowhere": 0}):
+    for wrong in ({tls_id: Action(phase=99)}, {"nowhere": Action(phase=0)}):
         for attempt in (
             lambda w=wrong: world.branch([w], HORIZON_S),
             lambda w=wrong: world.play(w, HORIZON_S, "max_wave"),

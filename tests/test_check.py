@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from envs import dialect
+from envs.answers import answer_text
 from envs.controllers import CONTROLLERS
 from envs.errors import WorldError
 from envs.types import Action
@@ -63,7 +63,7 @@ class Driver:
             Completion(
                 token_ids=(1,),
                 logprobs=(0.0,),
-                text=dialect.answer_text(d, Action(phase=drive(d).phase)),
+                text=answer_text(d, Action(phase=drive(d).phase)),
                 finish_reason="stop",
                 weights_version=self.loaded,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from envs import dialect
+from envs.answers import answer_text
 from envs.controllers import CONTROLLERS
 from envs.types import Action
 from envs.world import World
@@ -22,7 +22,7 @@ def like_max_pressure(decisions):
         Completion(
             token_ids=(1,),
             logprobs=(0.0,),
-            text=dialect.answer_text(d, Action(phase=CONTROLLERS["max_pressure"](d).phase)),
+            text=answer_text(d, Action(phase=CONTROLLERS["max_pressure"](d).phase)),
             finish_reason="stop",
             weights_version=0,
         )

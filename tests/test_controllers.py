@@ -8,6 +8,7 @@ from decision_case import decision, lane, observation
 from envs.controllers import max_pressure, max_wave, random_phase
 from envs.errors import UserError
 from envs.scenario import load_scenario
+from envs.types import Action
 from envs.world import World
 
 
@@ -99,4 +100,4 @@ def test_a_junction_under_its_own_program_takes_no_action(world):
     world.reset(load_scenario("generated:1"), seed=1, program="fixed")
     tls_id = world.decisions()[0].junction.tls_id
     with pytest.raises(UserError, match="cannot be chosen"):
-        world.step({tls_id: 0})
+        world.step({tls_id: Action(phase=0)})

@@ -9,7 +9,7 @@ import pytest
 from decision_case import decision, observation
 from rollout_case import NUM_WORLDS, Letters, collect, first, last, rollout_config, told
 
-from envs import dialect
+from envs.answers import answer_text, options
 from envs.reward import Reward
 from envs.types import Action, Decision
 from rl_ft.advantage import is_zero_variance
@@ -53,11 +53,16 @@ def asked(*texts: str, legal: tuple[int, ...] = (0, 1, 2)) -> Asked:
 
 
 def say(question: Asked, place: int) -> str:
-    return dialect.answer_text(question.telling.decision, Action(phase=place))
+    return answer_text(question.telling.decision, Action(phase=place))
 
 
 def says(*places: int) -> Asked:
     return asked(*(say(asked(), place) for place in places))
+
+
+def places(question: Asked) -> list[int | None]:
+    """The phases that its answers choose."""
+    return [None if action is None else action.phase for action in question.chosen()]
 
 
 def completed(question: Asked, seed: int = 1) -> Asked:
@@ -66,8 +71,8 @@ def completed(question: Asked, seed: int = 1) -> Asked:
 
 def test_repeats_make_way_for_what_was_not_said():
     group = completed(says(1, 1, 1, 1))
-    assert sorted(group.chosen()) == [0, 1, 1, 2]
-    assert [c.text for c in group.completions] == [say(group, place) for place in group.chosen()]
+    assert sorted(places(group)) == [0, 1, 1, 2]
+    assert [c.text for c in group.completions] == [say(group, place) for place in places(group)]
 
 
 def test_the_first_answer_stays_the_first():
@@ -95,7 +100,7 @@ def test_answers_that_differ_all_stay():
 def test_a_repeated_invalid_answer_stays_once():
     group = completed(asked("nothing", "nothing", "nothing", "nothing"))
     assert group.completions[0].text == "nothing"
-    assert sorted(group.chosen()[1:]) == [0, 1, 2]
+    assert sorted(places(group)[1:]) == [0, 1, 2]
 
 
 def test_a_misspelt_answer_does_not_count_as_given():
@@ -107,11 +112,11 @@ def test_a_misspelt_answer_does_not_count_as_given():
 def test_what_is_not_legal_never_joins():
     question = asked("nothing", "nothing", "nothing", "nothing", legal=(0, 2))
     legal = set(question.telling.decision.legal)
-    assert set(completed(question).chosen()) - {None} == legal
+    assert set(places(completed(question))) - {None} == legal
 
 
 def test_where_places_are_few_the_seed_draws_who_joins():
-    drawn = {completed(says(0, 0), seed).chosen()[1] for seed in range(20)}
+    drawn = {places(completed(says(0, 0), seed))[1] for seed in range(20)}
     assert drawn == {1, 2}
     assert completed(says(0, 0), 7) == completed(says(0, 0), 7)
 
@@ -127,11 +132,11 @@ def test_another_spelling_of_the_json_does_not_count_as_given():
 
 def test_what_the_policy_gave_is_remembered_as_often_as_it_gave_it():
     group = completed(says(0, 0, 1, 0))
-    assert group.chosen()[0] == 0
-    times = dict(zip(group.chosen(), group.times_given, strict=True))
+    assert places(group)[0] == 0
+    times = dict(zip(places(group), group.times_given, strict=True))
     assert times[2] == 0
     assert sum(group.times_given) == 4
-    of_first = [n for phase, n in zip(group.chosen(), group.times_given, strict=True) if phase == 0]
+    of_first = [n for phase, n in zip(places(group), group.times_given, strict=True) if phase == 0]
     assert sum(of_first) == 3
     assert times[1] == 1
 
@@ -140,7 +145,7 @@ def test_a_policy_that_always_says_the_same_still_learns_what_the_others_cost(wo
     collected, _ = collect(worlds, config, [first] * 8)
     assert sum(not is_zero_variance(g.rewards, g.valid) for g in collected.groups) > 1
     for own, trial in worlds.trials:
-        assert set(own.legal) <= set(trial.phases)
+        assert set(options(own)) <= set(trial.actions)
     for group in collected.groups:
         assert group.completions[0].logprobs is not None
         assert sum(c.logprobs is not None for c in group.completions) < 8
@@ -172,7 +177,7 @@ def test_gain_and_regret_are_those_of_what_the_policy_gave(worlds, config):
 
 def test_only_an_answers_own_tokens_are_called_canonical(worlds, config):
     def compact(own: Decision) -> str:
-        return dialect.answer_text(own, Action(phase=own.legal[0])).replace(" ", "")
+        return answer_text(own, Action(phase=own.legal[0])).replace(" ", "")
 
     collected, _ = collect(worlds, config, [compact] * 7 + [last])
     for group in collected.groups:
@@ -182,8 +187,8 @@ def test_only_an_answers_own_tokens_are_called_canonical(worlds, config):
 
 
 def test_the_mean_reward_is_that_of_what_the_policy_gave(worlds, config):
-    def score(own: Decision, phases, kinds, tried):
-        rewards = [1.0 if phase == own.legal[0] else -1.0 for phase in phases]
+    def score(own: Decision, chosen, kinds, tried):
+        rewards = [1.0 if action == options(own)[0] else -1.0 for action in chosen]
         return [Reward(traffic=0.0, format=r, cost_veh_s=None) for r in rewards]
 
     collected, _ = collect(worlds, config, [first] * 7 + [last], score=score)

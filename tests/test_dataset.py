@@ -163,5 +163,5 @@ def test_a_broken_dataset_is_not_adopted(dataset, data_config, tmp_path):
 
 def test_outcomes_of_another_horizon_are_refused(dataset, data_config, tmp_path):
     reward = data_config.reward.model_copy(update={"horizon_s": 45.0})
-    with pytest.raises(UserError, match=r"measured with horizon_s 20.*reward\.horizon_s is 45"):
+    with pytest.raises(UserError, match=r"measured with reward\.horizon_s 20.*wanted is 45"):
         adopt_dataset(dataset, tmp_path / "mine", data_config.model_copy(update={"reward": reward}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 
@@ -12,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs import dialect
-from envs.dialect import Parsed, answer_text, messages, observation_text, parse, round_s
+from envs.dialect import messages, observation_text, round_s
 from envs.scenario import load_scenario
-from envs.types import QUICK_TIMING, Action, ParseFailure, SignalTiming
+from envs.types import QUICK_TIMING, SignalTiming
 from envs.world import World
 
 NAMES = [phase.name for phase in JUNCTION.phases]
@@ -107,68 +106,3 @@ def test_rounded_seconds_are_few_and_keep_their_order(a, b):
     assert abs(round_s(a) - min(a, 240)) <= 7.5
     if a <= b:
         assert round_s(a) <= round_s(b)
-
-
-@given(legal=legal_sets, data=st.data())
-def test_the_answer_of_a_legal_action_parses_to_that_action(legal, data):
-    asked = decision(observation(), legal)
-    action = Action(phase=data.draw(st.sampled_from(legal)))
-    assert parse(asked, answer_text(asked, action)) == Parsed(action=action, strict=True)
-
-
-@pytest.mark.parametrize(
-    "completion",
-    ['{"phase": "B", "why": "queue"}', "B", "I take B.", "phase B, surely B", '[["phase", "B"]]'],
-)
-def test_a_recognisable_phase_is_partial(completion):
-    assert parse(decision(observation()), completion) == Parsed(
-        action=Action(phase=1), strict=False
-    )
-
-
-@given(
-    pair=st.permutations(NAMES).map(lambda names: names[:2]),
-    form=st.sampled_from(
-        [
-            "{} or {}",
-            '{{"phase": "{}"}}{{"phase": "{}"}}',
-            '{{"phase": "{}", "phase": "{}"}}',
-            '{{"phase": ["{}", "{}"]}}',
-            '{{"phase": "{}"}} {}',
-        ]
-    ),
-)
-def test_naming_two_phases_is_a_failure(pair, form):
-    failure = parse(decision(observation()), form.format(*pair))
-    assert failure == ParseFailure(reason="more than one phase")
-
-
-@given(legal=legal_sets, name=st.sampled_from(NAMES))
-def test_a_phase_that_is_not_legal_is_a_failure(legal, name):
-    for completion in (json.dumps({"phase": name}), f"phase {name}"):
-        parsed = parse(decision(observation(), legal), completion)
-        if NAMES.index(name) in legal:
-            assert isinstance(parsed, Parsed)
-        else:
-            assert parsed == ParseFailure(reason="phase not legal now")
-
-
-@pytest.mark.parametrize(
-    ("completion", "reason"),
-    [
-        ("", "no phase"),
-        ('{"phase": "Z"}', "unknown phase"),
-        ('{"phase": "b"}', "unknown phase"),
-        ('{"phase": 1}', "no phase"),
-        ("null", "no phase"),
-        ("[" * 100_000, "no phase"),
-    ],
-)
-def test_no_phase_is_a_failure_with_its_reason(completion, reason):
-    assert parse(decision(observation()), completion) == ParseFailure(reason=reason)
-
-
-@given(st.text())
-def test_any_text_parses_to_a_legal_action_or_a_failure(completion):
-    parsed = parse(decision(observation(), (0, 2)), completion)
-    assert isinstance(parsed, ParseFailure) or parsed.action.phase in (0, 2)

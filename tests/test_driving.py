@@ -10,6 +10,7 @@ import pytest
 from rollout_case import Pool, collect, extremes, first, greens, last, reference, rollout_config
 
 from envs.errors import WorldError
+from envs.types import Action
 from rl_ft.config import Config
 from rl_ft.worlds import Order, Trial, Tried, WorldPool
 
@@ -38,7 +39,7 @@ def test_between_questions_the_policy_drives_by_what_its_answers_mean(driven, co
     assert len(driven.driven) > 5
     assert len(sampler.seeds) <= driven.num_rounds - rounds  # one call for questions and choices
     for standing, order in driven.driven:
-        assert order == {d.junction.tls_id: greens(d)[0] for d in standing}
+        assert order == {d.junction.tls_id: Action(phase=greens(d)[0]) for d in standing}
 
 
 def test_where_the_driving_policy_has_no_answer_max_pressure_decides(driven, config):
@@ -46,7 +47,7 @@ def test_where_the_driving_policy_has_no_answer_max_pressure_decides(driven, con
     collect(driven, pausing(config), ["nothing", first], quota=6)
     assert driven.driven
     for standing, order in driven.driven:
-        assert order == {d.junction.tls_id: reference(d) for d in standing}
+        assert order == {d.junction.tls_id: Action(phase=reference(d)) for d in standing}
 
 
 def test_a_world_that_dies_while_the_policy_drives_is_counted(driven, config):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from rollout_case import Letters, Pool, Sampler, extremes, first, rollout_config, told
 
+from envs.answers import options
 from envs.scenario import load_scenario
 from envs.world import World
 from rl_ft.lookup import LookupPool
@@ -41,14 +42,14 @@ class Standing:
         ]
 
     def _try(self, world, decision, trial):
-        if len(trial.phases) < 2:
+        if len(trial.actions) < 2:
             return Tried(outcomes={})
         outcomes = world.branch(
-            [{decision.junction.tls_id: phase} for phase in trial.phases],
+            [{decision.junction.tls_id: action} for action in trial.actions],
             self._config.reward.horizon_s,
             self._config.reward.follow,
         )
-        return Tried(outcomes=dict(zip(trial.phases, outcomes, strict=True)))
+        return Tried(outcomes=dict(zip(trial.actions, outcomes, strict=True)))
 
     def close(self):
         for world in self._worlds:
@@ -127,7 +128,7 @@ def test_outcomes_belong_to_the_instant_that_was_asked_about(states):
     by_id = {state.id: 1000 + i for i, state in enumerate(marked)}
     pool = LookupPool(marked[::-1], seed=2, num_worlds=len(marked))
     asked = pool.states()
-    tried = pool.settle([Trial(phases=d.legal, executed=None) for d in asked])
+    tried = pool.settle([Trial(actions=options(d), executed=None) for d in asked])
     for decision, answer in zip(asked, tried, strict=True):
         expected = by_id[state_id(decision)]
         assert {o.arrived_veh for o in answer.outcomes.values()} == {expected}

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs import dialect
+from envs.answers import parse
 from envs.controllers import max_pressure, max_wave
 from envs.naming import NUM_DRAWN_NAMES, phase_name, renamed, retold
 
@@ -67,7 +68,7 @@ def test_an_answer_means_the_line_that_ends_with_its_name(rng):
     for place, line in enumerate(dialect.observation_text(told).splitlines()):
         if order[place] in (0, 2):
             name = line.split(" choose ")[1]
-            assert dialect.parse(told, f'{{"phase": "{name}"}}').action.phase == place
+            assert parse(told, f'{{"phase": "{name}"}}').action.phase == place
 
 
 def test_every_drawn_name_comes_on_every_line():

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from decision_case import decision, observation, outcome
 
+from envs.types import Action
 from rl_ft.recall import Instant, Recall
 from rl_ft.worlds import Tried
 
@@ -47,7 +48,7 @@ def test_the_order_is_drawn_from_the_seed():
 def test_an_instant_is_complete_when_every_legal_phase_was_tried():
     seen = decision(observation(), (0, 2))
     for phases, complete in (((0,), False), ((0, 2), True), ((0, 1, 2), True)):
-        tried = Tried(outcomes={phase: outcome(1.0) for phase in phases}, agreed=True)
+        tried = Tried(outcomes={Action(phase=phase): outcome(1.0) for phase in phases}, agreed=True)
         assert Instant(decision=seen, tried=tried).is_complete() is complete
 
 

@@ -27,9 +27,9 @@ def test_what_was_measured_is_measured_again(written):
 
 
 def test_an_outcome_that_was_made_up_is_found(written, states):
-    phase, outcome = next(iter(states[0].outcomes.items()))
-    name = states[0].decision.junction.phases[phase].name
-    invented = {**states[0].outcomes, phase: replace(outcome, time_loss_veh_s=1.0)}
+    action, outcome = next(iter(states[0].outcomes.items()))
+    name = states[0].decision.junction.phases[action.phase].name
+    invented = {**states[0].outcomes, action: replace(outcome, time_loss_veh_s=1.0)}
     replayed = replay(replace(states[0], outcomes=invented), read_manifest(written))
     assert replayed.difference == f"another outcome of {name}"
 

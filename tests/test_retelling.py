@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 from rollout_case import NUM_WORLDS, Pool, collect, extremes, first, rollout_config, told
 
+from envs.answers import options
 from envs.errors import WorldError
 from rl_ft.advantage import is_zero_variance
 from rl_ft.config import Config
@@ -90,7 +91,7 @@ def test_where_an_instant_is_told_again_every_legal_phase_is_tried(worlds, confi
     collect(worlds, told(config, 2), extremes())
     assert worlds.trials
     for own, trial in worlds.trials:
-        assert trial.phases == own.legal
+        assert trial.actions == options(own)
 
 
 def test_an_instant_on_which_all_agree_is_not_told_again(worlds, config):

@@ -22,9 +22,10 @@ from rollout_case import (
     told,
 )
 
+from envs.answers import options
 from envs.errors import WorldError
 from envs.reward import Reward
-from envs.types import Decision
+from envs.types import Action, Decision
 from rl_ft.advantage import is_zero_variance
 from rl_ft.config import Config
 from rl_ft.recall import Recall
@@ -60,8 +61,9 @@ def test_what_is_tried_and_executed_is_what_the_answers_mean(worlds, config):
     collect(worlds, told(config, 1), extremes())
     assert worlds.trials
     for own, trial in worlds.trials:
-        assert trial.executed == greens(own)[0]
-        assert set(trial.phases) == {greens(own)[0], greens(own)[-1], reference(own)}
+        assert trial.executed == Action(phase=greens(own)[0])
+        tried = {action.phase for action in trial.actions}
+        assert tried == {greens(own)[0], greens(own)[-1], reference(own)}
 
 
 def test_a_group_carries_its_prompt_its_version_and_centred_advantages(worlds, config):
@@ -166,11 +168,11 @@ def test_a_few_worlds_may_take_many_rounds(worlds, config):
 
 
 def test_another_score_replaces_the_measured_one(worlds, config):
-    def first_is_right(decision, phases, kinds, tried) -> list[Reward]:
-        assert len(phases) == len(kinds) == 2
+    def first_is_right(decision, chosen, kinds, tried) -> list[Reward]:
+        assert len(chosen) == len(kinds) == 2
         return [
-            Reward(traffic=float(p == decision.legal[0]), format=0.0, cost_veh_s=None)
-            for p in phases
+            Reward(traffic=float(a == options(decision)[0]), format=0.0, cost_veh_s=None)
+            for a in chosen
         ]
 
     collected, _ = collect(worlds, config, [first, last], quota=2, score=first_is_right)

@@ -28,7 +28,7 @@ from envs.signals import (
     legal_phases,
     transition_state,
 )
-from envs.types import Scenario, SignalTiming
+from envs.types import Action, Scenario, SignalTiming
 from envs.world import World
 
 TIMING = SignalTiming()
@@ -206,10 +206,10 @@ def walk(world: World, rng: random.Random, intervals: int) -> dict[str, list[int
         actions = {}
         for decision in world.decisions():
             assert decision.legal
-            actions[decision.junction.tls_id] = rng.choice(decision.legal)
+            actions[decision.junction.tls_id] = Action(phase=rng.choice(decision.legal))
         world.step(actions)
-        for tls_id, phase in actions.items():
-            chosen[tls_id].append(phase)
+        for tls_id, action in actions.items():
+            chosen[tls_id].append(action.phase)
     return chosen
 
 

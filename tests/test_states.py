@@ -8,6 +8,7 @@ from dataclasses import astuple
 
 import pytest
 
+from envs.answers import options
 from envs.errors import UserError
 from envs.scenario import load_scenario
 from envs.world import World
@@ -22,7 +23,7 @@ def test_there_are_as_many_states_as_were_asked_for(states, data_config):
 
 def test_every_legal_phase_was_measured_and_there_is_a_choice(states):
     for state in states:
-        assert tuple(state.outcomes) == state.decision.legal
+        assert tuple(state.outcomes) == options(state.decision)
         assert len(state.outcomes) > 1
 
 
@@ -50,7 +51,7 @@ def test_the_way_leads_back_to_the_same_instant_and_the_same_outcomes(states, da
         tls_id = decision.junction.tls_id
         assert decision in world.decisions()
         outcomes = world.branch(
-            [{tls_id: phase} for phase in decision.legal],
+            [{tls_id: action} for action in options(decision)],
             data_config.reward.horizon_s,
             data_config.reward.follow,
         )

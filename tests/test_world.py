@@ -16,6 +16,7 @@ import pytest
 from envs.errors import UserError, WorldError
 from envs.fork import num_threads
 from envs.scenario import load_scenario
+from envs.types import Action
 from envs.world import World
 
 SCENARIO = "generated:1"
@@ -247,5 +248,5 @@ def test_a_step_length_that_misses_whole_seconds_is_one_sentence(world):
 def test_an_illegal_action_is_the_callers_mistake(started):
     (decision,) = started.decisions()
     with pytest.raises(UserError, match="phase 99 of junction"):
-        started.step({decision.junction.tls_id: 99})
+        started.step({decision.junction.tls_id: Action(phase=99)})
     assert started.decisions() == (decision,)

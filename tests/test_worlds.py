@@ -12,8 +12,9 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
+from envs.answers import options
 from envs.errors import UserError
-from envs.types import Decision
+from envs.types import Action, Decision
 from rl_ft.config import BehaviourConfig, Config, PrepareConfig
 from rl_ft.worlds import Order, State, Trial, Tried, WorldPool, draw_driver, worth_asking
 
@@ -48,9 +49,10 @@ def make_pool(smoke_config):
 def every_phase(state: State, executed: int | None = -1) -> Order:
     """All legal phases; by default the last of them is executed."""
     if isinstance(state, tuple):
-        return {d.junction.tls_id: d.legal[-1] for d in state}
+        return {d.junction.tls_id: Action(phase=d.legal[-1]) for d in state}
     assert isinstance(state, Decision)
-    return Trial(phases=state.legal, executed=state.legal[-1] if executed == -1 else executed)
+    actions = options(state)
+    return Trial(actions=actions, executed=None if executed is None else actions[executed])
 
 
 def advance(pool: WorldPool, questions: int) -> list[tuple[State, Tried | None]]:
@@ -77,7 +79,7 @@ def test_same_seed_gives_the_same_decisions_and_outcomes(make_pool):
 def test_every_state_is_worth_asking_and_every_phase_is_tried(make_pool):
     for state, tried in asked(advance(make_pool(min_queue_veh=4), 4)):
         assert worth_asking(state, 4)
-        assert tuple(tried.outcomes) == state.legal
+        assert tuple(tried.outcomes) == options(state)
         assert tried.failure is None
 
 
@@ -106,7 +108,7 @@ def test_between_questions_the_policy_makes_every_choice(make_pool):
         if not isinstance(order, Trial):
             now = pool._episodes[0].world.decisions()
             current = {d.junction.tls_id: d.observation.current for d in now}
-            assert current.items() >= order.items()
+            assert current.items() >= {t: action.phase for t, action in order.items()}.items()
             assert current.items() >= forced.items()
             followed += len(order)
             before = {d.junction.tls_id: d.observation.current for d in here}
@@ -152,8 +154,8 @@ def test_nothing_can_agree_where_the_base_decides(make_pool, behaviour, executed
 def test_one_distinct_phase_is_executed_but_not_simulated(make_pool):
     pool = make_pool(behaviour=POLICY_ONLY)
     (state,) = pool.states()
-    phase = state.legal[-1]
-    (tried,) = pool.settle([Trial(phases=(phase,), executed=phase)])
+    action = Action(phase=state.legal[-1])
+    (tried,) = pool.settle([Trial(actions=(action,), executed=action)])
     assert tried == Tried(outcomes={})
 
 

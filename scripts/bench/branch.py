@@ -30,7 +30,7 @@ from rich.table import Table
 from saved_state import TraciSimulation
 
 from envs.scenario import load_scenario
-from envs.types import Decision, JointAction, Outcome, Scenario
+from envs.types import Action, Decision, JointAction, Outcome, Scenario
 from envs.world import World
 
 SEED = 1
@@ -137,7 +137,8 @@ def _core_s(worlds: Sequence[World]) -> float:
 
 def _candidate(decisions: Sequence[Decision], number: int) -> JointAction:
     decision = decisions[number % len(decisions)]
-    return {decision.junction.tls_id: decision.legal[number % len(decision.legal)]}
+    phase = decision.legal[number % len(decision.legal)]
+    return {decision.junction.tls_id: Action(phase=phase)}
 
 
 def _order(number: int) -> list[str]:

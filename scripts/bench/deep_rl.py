@@ -37,7 +37,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 
-from envs import dialect
+from envs.answers import answer_text
 from envs.scenario import load_scenario
 from envs.types import Action, Decision, JunctionSpec, Scenario, TripStats
 from envs.world import World
@@ -216,7 +216,8 @@ def _play(world: World, scenario: Scenario, learners: dict[str, Learner], reward
             for d in now
         }
         # Every junction is named, so in the one interval no controller is followed.
-        outcome = world.play(phases, interval_s, "max_wave")
+        actions = {tls_id: Action(phase=phase) for tls_id, phase in phases.items()}
+        outcome = world.play(actions, interval_s, "max_wave")
         now = world.decisions()
         then = {d.junction.tls_id: vector(d) for d in now}
         for d in now:
@@ -238,7 +239,7 @@ def asker(learners: dict[str, Learner]) -> Ask:
         return Completion(
             token_ids=(),
             logprobs=None,
-            text=dialect.answer_text(decision, Action(phase=phase)),
+            text=answer_text(decision, Action(phase=phase)),
             finish_reason="stop",
             weights_version=0,
         )

@@ -29,6 +29,7 @@ from learner import ANSWER_TOKENS, ready_groups
 from rich.console import Console
 from rich.table import Table
 
+from envs.answers import options
 from envs.types import Decision
 from rl_ft.config import Config, TinyModelConfig
 from rl_ft.worlds import Order, State, Trial, WorldPool
@@ -144,7 +145,7 @@ def _round(pool: WorldPool) -> None:
     def order(state: State) -> Order:
         if not isinstance(state, Decision):
             raise SystemExit(f"a world failed: {state}")
-        return Trial(phases=state.legal, executed=None)
+        return Trial(actions=options(state), executed=None)
 
     pool.settle([order(state) for state in pool.states()])
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from saved_state import SavedState, TraciSimulation  # isort: skip
 from assignment import Assignment
 
 from envs import dialect
+from envs.answers import parse
 from envs.reward import group_rewards
-from envs.types import Decision, JointAction, Outcome, ParseFailure, Scenario
+from envs.types import Action, Decision, JointAction, Outcome, ParseFailure, Scenario
 from rl_ft import worlds
 from rl_ft.states import reward_weights, state_id
 from rl_ft.worlds import Trial, WorldPool
@@ -88,7 +90,7 @@ def saved_states(assignment: Assignment, folder: Path) -> dict[str, SavedState]:
         if not wanted - found.keys():
             break
         for pool, num_worlds in zip(pools, waiting, strict=True):
-            pool.settle([Trial(phases=(), executed=None)] * num_worlds)
+            pool.settle([Trial(actions=(), executed=None)] * num_worlds)
     for pool in pools:
         pool.close()
     if missing := wanted - found.keys():
@@ -112,28 +114,28 @@ class Trials:
         rows = zip(completions, number, strict=True)
         for _number, group in itertools.groupby(rows, key=lambda row: row[1]):
             decision = self._assignment.told[_number]
-            parsed = [dialect.parse(decision, chat[0]["content"]) for chat, _ in group]
+            parsed = [parse(decision, chat[0]["content"]) for chat, _ in group]
             kinds = [
                 "invalid" if isinstance(p, ParseFailure) else "strict" if p.strict else "partial"
                 for p in parsed
             ]
             outcomes = [
-                None if isinstance(p, ParseFailure) else self._outcome(decision, p.action.phase)
+                None if isinstance(p, ParseFailure) else self._outcome(decision, p.action)
                 for p in parsed
             ]
             found = group_rewards(outcomes, kinds, reward_weights(config))
             rewards += [reward.total for reward in found]
         return rewards
 
-    def _outcome(self, decision: Decision, place: int) -> Outcome:
+    def _outcome(self, decision: Decision, told: Action) -> Outcome:
         settings = self._assignment.config.reward
-        tls_id, shown = decision.junction.tls_id, decision.junction.phases[place].state
+        tls_id, shown = decision.junction.tls_id, decision.junction.phases[told.phase].state
         self.num_processes += 1
         with self._states[state_id(decision)].opened() as simulation:
             (spec,) = [spec for spec in simulation.junctions if spec.tls_id == tls_id]
             # The decision was told with the phases in another order.
             (phase,) = [i for i, phase in enumerate(spec.phases) if phase.state == shown]
-            action: JointAction = {tls_id: phase}
+            action: JointAction = {tls_id: replace(told, phase=phase)}
             return simulation.play(action, settings.horizon_s, settings.follow)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 import ray
 
+from envs.answers import options
 from envs.reward import Reward
-from envs.types import Decision
+from envs.types import Action, Decision
 from rl_ft.actors import GeneratorService, start_worlds
 from rl_ft.config import Config
 from rl_ft.monitor import MetricLog, read_metrics
@@ -153,16 +154,16 @@ def run_loop(
 
 
 def first_legal(
-    decision: Decision, phases: Sequence[int | None], kinds: Sequence[str], _: Tried
+    decision: Decision, chosen: Sequence[Action | None], kinds: Sequence[str], _: Tried
 ) -> list[Reward]:
     """Toy reward: 1 for exactly the first legal phase, 0 for another, less for a bad format."""
     return [
         Reward(
-            traffic=float(phase == decision.legal[0] and kind == "strict"),
+            traffic=float(action == options(decision)[0] and kind == "strict"),
             format=-float(kind != "strict"),
             cost_veh_s=None,
         )
-        for phase, kind in zip(phases, kinds, strict=True)
+        for action, kind in zip(chosen, kinds, strict=True)
     ]
 
 
