@@ -1,9 +1,13 @@
 """What the answers of one group earn: measured outcomes and the format, as a named breakdown.
 
-Pure. A reward is comparable within its group only: the traffic term is what an answer costs less
-than the group's mean, in units that are the same for every instant, so instants at which the choice
-hardly matters teach little. Beyond a bound all costs are one: an answer that is bad enough is not
-worth telling from a worse one, and must not decide how far apart the good ones are.
+Pure. There are three traffic terms:
+
+- `regret`: what an answer costs less than the group's mean, in units that are the same for every
+  instant, so instants at which the choice hardly matters teach little. Beyond a bound all costs are
+  one: an answer that is bad enough is not worth telling from a worse one, and must not decide how
+  far apart the good ones are. Comparable within its group only.
+- `tanh`: tanh(-cost / scale).
+- `tanh_relative`: tanh(-(cost - what max-pressure's choice costs) / scale).
 """
 
 from __future__ import annotations
@@ -12,14 +16,18 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from envs.types import Outcome
+
+TrafficTerm = Literal["regret", "tanh", "tanh_relative"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardWeights:
     """Weights on the terms of an Outcome, and what each kind of format earns."""
 
+    traffic: TrafficTerm = "regret"
     time_loss: float = 1.0
     junction_time_loss: float = 0.0
     halting: float = 0.0
@@ -68,28 +76,50 @@ def cost_veh_s(outcome: Outcome, weights: RewardWeights) -> float:
 
 
 def group_rewards(
-    outcomes: Sequence[Outcome | None], formats: Sequence[FormatKind], weights: RewardWeights
+    outcomes: Sequence[Outcome | None],
+    formats: Sequence[FormatKind],
+    weights: RewardWeights,
+    *,
+    reference: Outcome | None = None,
 ) -> tuple[Reward, ...]:
     """Rewards of one group; `outcomes[i]` is None exactly where `formats[i]` is invalid.
 
-    An invalid answer gets the traffic term of the worst valid one, so a bad format never pays.
+    `reference` is the outcome of max-pressure's choice. An invalid answer gets the traffic term of
+    the worst valid one, so a bad format never pays.
+
+    Raises:
+        ValueError: `tanh_relative` without a reference.
     """
     costs = [None if outcome is None else cost_veh_s(outcome, weights) for outcome in outcomes]
     known = [cost for cost in costs if cost is not None]
-    bound = min(known, default=0.0) + weights.max_regret_veh_s
-    bounded = [min(cost, bound) for cost in known]
-    mean = statistics.fmean(bounded) if bounded else 0.0
-    worst = (mean - max(bounded)) / weights.scale_veh_s if bounded else 0.0
+    if weights.traffic == "tanh_relative" and known and reference is None:
+        raise ValueError("tanh_relative is relative to max-pressure, whose outcome is missing")
+    base = cost_veh_s(reference, weights) if reference is not None else 0.0
+    terms = _traffic_terms(known, base, weights)
+    worst = min(terms, default=0.0)
     earned = {
         "strict": weights.format_strict,
         "partial": weights.format_partial,
         "invalid": weights.format_invalid,
     }
+    in_turn = iter(terms)
     return tuple(
         Reward(
-            traffic=worst if cost is None else (mean - min(cost, bound)) / weights.scale_veh_s,
-            format=earned[kind],
-            cost_veh_s=cost,
+            traffic=worst if cost is None else next(in_turn), format=earned[kind], cost_veh_s=cost
         )
         for cost, kind in zip(costs, formats, strict=True)
     )
+
+
+def _traffic_terms(
+    costs: Sequence[float], reference_veh_s: float, weights: RewardWeights
+) -> list[float]:
+    if not costs:
+        return []
+    if weights.traffic != "regret":
+        zero = reference_veh_s if weights.traffic == "tanh_relative" else 0.0
+        return [math.tanh((zero - cost) / weights.scale_veh_s) for cost in costs]
+    bound = min(costs) + weights.max_regret_veh_s
+    bounded = [min(cost, bound) for cost in costs]
+    mean = statistics.fmean(bounded)
+    return [(mean - cost) / weights.scale_veh_s for cost in bounded]

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from envs.reward import TrafficTerm
 from envs.scenario import expand
 from envs.types import DecisionFormat
 
@@ -130,6 +131,8 @@ class RewardConfig(Section):
     horizon_s: float = Field(30.0, gt=0)
     follow: Literal["max_wave", "max_pressure"] = "max_wave"
     """Base controller that continues after the candidate action."""
+    traffic: TrafficTerm = "regret"
+    """How a cost becomes a reward: regret, tanh or tanh_relative (`envs.reward`)."""
     time_loss: float = 1.0
     junction_time_loss: float = 0.0
     halting: float = 0.0

@@ -52,7 +52,8 @@ class Tally:
     policy gave completions, strict, partial, invalid and distinct; and how many of the groups'
     answers are counterfactual."""
     sums: Counter[str] = field(default_factory=Counter)
-    """reward, gain_veh_s and regret_veh_s of new instants, and seconds by stage."""
+    """reward with its parts format_reward and traffic_reward; gain_veh_s and regret_veh_s of new
+    instants; and seconds by stage."""
 
     def add(self, other: Tally) -> None:
         """Take in another worker's tally."""
@@ -71,8 +72,9 @@ class Collected:
 
 _Questions = list[tuple[Asked, Instant]]
 
-Score = Callable[[Decision, Sequence[Action | None], Sequence[str], Tried], Sequence[Reward]]
-"""Rewards of one group from the decision, each answer's action and format, and what was tried."""
+Score = Callable[[Asked, Sequence[str], Tried], Sequence[Reward]]
+"""Rewards of one group from its answers, their formats (strict, partial or invalid), and what was
+tried, both as they were told."""
 
 
 async def collect_groups(
@@ -224,7 +226,8 @@ def _group(
     chosen = asked.chosen()
     decision, reference = asked.telling.decision, asked.telling.reference
     costs = {action: cost_veh_s(o, weights) for action, o in tried.outcomes.items()}
-    totals = [reward.total for reward in score(decision, chosen, kinds, tried)]
+    rewards = score(asked, kinds, tried)
+    totals = [reward.total for reward in rewards]
     valid = [True] * len(totals)
     group = RolloutGroup(
         group_id=state_id(decision),
@@ -250,7 +253,11 @@ def _group(
         **Counter(kinds[i] for i in given),
     )
     paid = [costs[action] for i in given if (action := chosen[i]) in costs]
-    tally.sums.update(reward=sum(totals[i] for i in given) / len(given))
+    tally.sums.update(
+        reward=sum(totals[i] for i in given) / len(given),
+        format_reward=sum(rewards[i].format for i in given) / len(given),
+        traffic_reward=sum(rewards[i].traffic for i in given) / len(given),
+    )
     if paid and is_new:
         mean = sum(paid) / len(paid)
         gain, regret = costs[reference] - mean, mean - min(costs.values())
@@ -262,12 +269,11 @@ def traffic_score(config: Config) -> Score:
     """The reward of the configuration: what each answer cost the traffic, and its format."""
     weights = reward_weights(config)
 
-    def score(
-        _: Decision, chosen: Sequence[Action | None], kinds: Sequence[str], tried: Tried
-    ) -> Sequence[Reward]:
+    def score(asked: Asked, kinds: Sequence[str], tried: Tried) -> Sequence[Reward]:
         if tried.outcomes:
-            outcomes = [None if action is None else tried.outcomes[action] for action in chosen]
-            return group_rewards(outcomes, kinds, weights)
+            outcomes = [None if a is None else tried.outcomes[a] for a in asked.chosen()]
+            reference = tried.outcomes.get(asked.telling.reference)
+            return group_rewards(outcomes, kinds, weights, reference=reference)
         # One distinct action, the reference's own, is not simulated: the format alone differs.
         earned = group_rewards([None] * len(kinds), kinds, weights)
         return [Reward(traffic=0.0, format=r.format, cost_veh_s=None) for r in earned]
@@ -309,6 +315,13 @@ def metrics(tally: Tally) -> dict[str, float]:
     attempts = max(1, counts["new"] + counts["driven"] + counts["failed"])
     return {
         "reward/mean": sums["reward"] / groups,
+        "avg_final_reward": sums["reward"] / groups,
+        "avg_format_reward": sums["format_reward"] / groups,
+        "avg_tsc_reward": sums["traffic_reward"] / groups,
+        "format_accuracy": counts["strict"] / answers,
+        "format/strict": float(counts["strict"]),
+        "format/partial": float(counts["partial"]),
+        "format/invalid": float(counts["invalid"]),
         "reward/gain_over_max_pressure_veh_s": sums["gain_veh_s"] / new,
         "reward/regret_veh_s": sums["regret_veh_s"] / new,
         "format/strict_share": counts["strict"] / answers,

@@ -187,8 +187,9 @@ def test_only_an_answers_own_tokens_are_called_canonical(worlds, config):
 
 
 def test_the_mean_reward_is_that_of_what_the_policy_gave(worlds, config):
-    def score(own: Decision, chosen, kinds, tried):
-        rewards = [1.0 if action == options(own)[0] else -1.0 for action in chosen]
+    def score(question: Asked, kinds, tried):
+        right = options(question.telling.decision)[0]
+        rewards = [1.0 if action == right else -1.0 for action in question.chosen()]
         return [Reward(traffic=0.0, format=r, cost_veh_s=None) for r in rewards]
 
     collected, _ = collect(worlds, config, [first] * 7 + [last], score=score)

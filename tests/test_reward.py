@@ -79,3 +79,27 @@ def test_an_invalid_answer_never_earns_more_than_a_valid_one(costs, num_invalid)
 def test_a_group_of_invalid_answers_earns_the_format_alone():
     rewards = group_rewards([None, None], ["invalid", "invalid"], WEIGHTS)
     assert [(r.traffic, r.format) for r in rewards] == [(0.0, -2.0)] * 2
+
+
+# tanh of the cost, as it is or relative to max-pressure
+
+
+@pytest.mark.parametrize(
+    ("traffic", "expected"), [("tanh", (-1.0, -2.0)), ("tanh_relative", (0.5, -0.5))]
+)
+def test_a_cost_may_be_squashed(traffic, expected):
+    weights = RewardWeights(traffic=traffic, scale_veh_s=100.0)
+    rewards = group_rewards(
+        [outcome(100.0), None, outcome(200.0)],
+        ["strict", "invalid", "strict"],
+        weights,
+        reference=outcome(150.0),
+    )
+    better, invalid, worse = (reward.traffic for reward in rewards)
+    assert (better, worse) == pytest.approx(tuple(map(math.tanh, expected)))
+    assert invalid == worse
+
+
+def test_relative_to_max_pressure_wants_its_outcome():
+    with pytest.raises(ValueError, match="max-pressure, whose outcome is missing"):
+        group_rewards([outcome(1.0)], ["strict"], RewardWeights(traffic="tanh_relative"))

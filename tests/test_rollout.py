@@ -168,11 +168,12 @@ def test_a_few_worlds_may_take_many_rounds(worlds, config):
 
 
 def test_another_score_replaces_the_measured_one(worlds, config):
-    def first_is_right(decision, chosen, kinds, tried) -> list[Reward]:
-        assert len(chosen) == len(kinds) == 2
+    def first_is_right(asked, kinds, tried) -> list[Reward]:
+        right = options(asked.telling.decision)[0]
+        assert len(kinds) == 2
         return [
-            Reward(traffic=float(a == options(decision)[0]), format=0.0, cost_veh_s=None)
-            for a in chosen
+            Reward(traffic=float(action == right), format=0.0, cost_veh_s=None)
+            for action in asked.chosen()
         ]
 
     collected, _ = collect(worlds, config, [first, last], quota=2, score=first_is_right)
@@ -221,6 +222,13 @@ def test_metrics_have_these_names(worlds, config):
     values = metrics(collected.tally)
     assert values.keys() == {
         "reward/mean",
+        "avg_final_reward",
+        "avg_format_reward",
+        "avg_tsc_reward",
+        "format_accuracy",
+        "format/strict",
+        "format/partial",
+        "format/invalid",
         "reward/gain_over_max_pressure_veh_s",
         "reward/regret_veh_s",
         "format/strict_share",

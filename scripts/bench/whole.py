@@ -37,6 +37,7 @@ from rich.table import Table
 from envs import dialect
 from envs.reward import Reward
 from envs.types import Decision
+from rl_ft.asking import Asked
 from rl_ft.config import Config, RolloutConfig
 from rl_ft.states import state_id
 
@@ -104,9 +105,9 @@ def ours(
     told: list[Decision] = []
     traffic = traffic_score(config)
 
-    def score(decision: Decision, *answers: Any) -> Sequence[Reward]:
-        told.append(decision)
-        return traffic(decision, *answers)
+    def score(asked: Asked, *tried: Any) -> Sequence[Reward]:
+        told.append(asked.telling.decision)
+        return traffic(asked, *tried)
 
     with ray_session(config), MetricLog(root) as record:
         for stage in ("prepare", "sft"):

@@ -15,8 +15,8 @@ import ray
 
 from envs.answers import options
 from envs.reward import Reward
-from envs.types import Action, Decision
 from rl_ft.actors import GeneratorService, start_worlds
+from rl_ft.asking import Asked
 from rl_ft.config import Config
 from rl_ft.monitor import MetricLog, read_metrics
 from rl_ft.recipe import load_config
@@ -153,17 +153,16 @@ def run_loop(
     )
 
 
-def first_legal(
-    decision: Decision, chosen: Sequence[Action | None], kinds: Sequence[str], _: Tried
-) -> list[Reward]:
+def first_legal(asked: Asked, kinds: Sequence[str], _: Tried) -> list[Reward]:
     """Toy reward: 1 for exactly the first legal phase, 0 for another, less for a bad format."""
+    right = options(asked.telling.decision)[0]
     return [
         Reward(
-            traffic=float(action == options(decision)[0] and kind == "strict"),
+            traffic=float(action == right and kind == "strict"),
             format=-float(kind != "strict"),
             cost_veh_s=None,
         )
-        for action, kind in zip(chosen, kinds, strict=True)
+        for action, kind in zip(asked.chosen(), kinds, strict=True)
     ]
 
 
