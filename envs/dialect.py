@@ -24,7 +24,6 @@ from envs.types import (
     Decision,
     LaneSpec,
     LaneState,
-    Observation,
     ParseFailure,
     Turn,
 )
@@ -37,8 +36,8 @@ INSTRUCTIONS = (
     "seconds the first vehicle has waited (the longest, in totals). yield: must give way. shared: "
     "the lane also has turns that this phase does not open. blocked: it has green, yet its first "
     "vehicle stands. full: the road behind the junction is full. inside, i: vehicles that stand "
-    "within the junction on the phase's ways. upstream: more vehicles within 200 m on roads that "
-    "lead here and elsewhere, u: queued, v: moving. green: the running phase; g: its seconds, t: "
+    "within the junction on the phase's ways. u, v: more queued and moving vehicles within 200 m, "
+    "on roads that lead here and elsewhere. green: the running phase; g: its seconds, t: "
     "those until the next choice. Choose the next phase to keep everyone's delay small. Answer "
     'with JSON only, like {"phase": "A"}.'
 )
@@ -76,7 +75,6 @@ VOCABULARY: tuple[str, ...] = (
     "full",
     "green",
     "inside",
-    "upstream",
     "choose",
     *(f"{letter}{n}" for letter in COUNTS for n in range(MAX_COUNT + 1)),
     *(f"{letter}{n}" for letter in DURATIONS for n in sorted({round_s(s) for s in range(241)})),
@@ -123,20 +121,10 @@ def _phase_text(decision: Decision, index: int) -> str:
         words.append(f"green g{round_s(observation.green_s)} t{round_s(interval_s)}")
     if observation.inside_veh[index]:
         words.append(f"inside i{min(observation.inside_veh[index], MAX_COUNT)}")
-    words.append(_fields(_total(states)))
-    words += _upstream_words(observation, index)
+    words.append(_fields(_total(states, observation.upstream_veh[index])))
     if index in decision.legal:
         words.append(f"choose {phase.name}")
     return f"{lanes}: {' '.join(words)}"
-
-
-def _upstream_words(observation: Observation, index: int) -> list[str]:
-    counts = {
-        "u": observation.upstream_queue_veh[index],
-        "v": observation.upstream_moving_veh[index],
-    }
-    words = [f"{letter}{min(count, MAX_COUNT)}" for letter, count in counts.items() if count]
-    return ["upstream", *words] if words else []
 
 
 def _lane_text(
@@ -153,12 +141,13 @@ def _lane_text(
     return " ".join(words)
 
 
-def _total(states: Sequence[LaneState]) -> LaneState:
+def _total(states: Sequence[LaneState], upstream_veh: tuple[int, int]) -> LaneState:
     near, mid, far = (sum(state.moving_veh[i] for state in states) for i in range(3))
     return LaneState(
         queue_veh=sum(state.queue_veh for state in states),
         moving_veh=(near, mid, far),
         first_wait_s=max((state.first_wait_s for state in states), default=0),
+        upstream_veh=upstream_veh,
     )
 
 
@@ -167,9 +156,11 @@ def _fields(state: LaneState, *, skip_zeros: bool = False) -> str:
     counts = {"q": state.queue_veh, "n": near, "m": mid, "f": far}
     values = {letter: min(count, MAX_COUNT) for letter, count in counts.items()}
     values["w"] = round_s(state.first_wait_s)
-    return " ".join(
-        f"{letter}{value}" for letter, value in values.items() if value or not skip_zeros
-    )
+    shown = {letter: value for letter, value in values.items() if value or not skip_zeros}
+    # Most lanes have nothing upstream that is not theirs alone.
+    upstream = dict(zip("uv", state.upstream_veh, strict=True))
+    shown |= {letter: min(count, MAX_COUNT) for letter, count in upstream.items() if count}
+    return " ".join(f"{letter}{value}" for letter, value in shown.items())
 
 
 def answer_text(decision: Decision, action: Action) -> str:
