@@ -1,9 +1,9 @@
-"""How a junction speaks to a language model, and how an answer becomes an action.
+"""How a junction speaks to a language model.
 
-Pure text on both sides; tokens are `rl_ft.render`'s business. A prompt holds only what detectors
-could sense: one line per green phase, its lanes first, then their totals, and last the phase's
-name if it may be chosen now. Every number carries its field's letter, so that a word says by
-itself what it counts.
+Pure text; tokens are `rl_ft.render`'s business, answers those of `envs.answers`. A prompt holds only
+what detectors could sense: one line per green phase, its lanes first, then their totals, and last
+the word that chooses the phase, if it may be chosen now. Every number carries its field's letter,
+so that a word says by itself what it counts.
 
 Example of a prompt's user message (B runs; both may be chosen):
     south through+right q2 n1 w15, north through empty: q2 n1 m0 f0 w15 choose A
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from envs.answers import FORMATS, choice_words
-from envs.types import Decision, LaneSpec, LaneState, Observation, Turn
+from envs.types import Decision, LaneSpec, LaneState, Turn
 
 Message = dict[str, str]
 
@@ -27,8 +27,8 @@ INSTRUCTIONS = (
     "seconds the first vehicle has waited (the longest, in totals). yield: must give way. shared: "
     "the lane also has turns that this phase does not open. blocked: it has green, yet its first "
     "vehicle stands. full: the road behind the junction is full. inside, i: vehicles that stand "
-    "within the junction on the phase's ways. upstream: more vehicles within 200 m on roads that "
-    "lead here and elsewhere, u: queued, v: moving. green: the running phase; g: its seconds, t: "
+    "within the junction on the phase's ways. u, v: more queued and moving vehicles within 200 m, "
+    "on roads that lead here and elsewhere. green: the running phase; g: its seconds, t: "
     "those until the next choice."
 )
 
@@ -65,7 +65,6 @@ VOCABULARY: tuple[str, ...] = (
     "full",
     "green",
     "inside",
-    "upstream",
     "choose",
     "yes",
     "no",
@@ -109,20 +108,10 @@ def _phase_text(decision: Decision, index: int, choice: str | None) -> str:
         words.append(f"green g{round_s(observation.green_s)} t{round_s(interval_s)}")
     if observation.inside_veh[index]:
         words.append(f"inside i{min(observation.inside_veh[index], MAX_COUNT)}")
-    words.append(_fields(_total(states)))
-    words += _upstream_words(observation, index)
+    words.append(_fields(_total(states, observation.upstream_veh[index])))
     if choice is not None:
         words.append(f"choose {choice}")
     return f"{lanes}: {' '.join(words)}"
-
-
-def _upstream_words(observation: Observation, index: int) -> list[str]:
-    counts = {
-        "u": observation.upstream_queue_veh[index],
-        "v": observation.upstream_moving_veh[index],
-    }
-    words = [f"{letter}{min(count, MAX_COUNT)}" for letter, count in counts.items() if count]
-    return ["upstream", *words] if words else []
 
 
 def _lane_text(
@@ -139,12 +128,13 @@ def _lane_text(
     return " ".join(words)
 
 
-def _total(states: Sequence[LaneState]) -> LaneState:
+def _total(states: Sequence[LaneState], upstream_veh: tuple[int, int]) -> LaneState:
     near, mid, far = (sum(state.moving_veh[i] for state in states) for i in range(3))
     return LaneState(
         queue_veh=sum(state.queue_veh for state in states),
         moving_veh=(near, mid, far),
         first_wait_s=max((state.first_wait_s for state in states), default=0),
+        upstream_veh=upstream_veh,
     )
 
 
@@ -153,6 +143,8 @@ def _fields(state: LaneState, *, skip_zeros: bool = False) -> str:
     counts = {"q": state.queue_veh, "n": near, "m": mid, "f": far}
     values = {letter: min(count, MAX_COUNT) for letter, count in counts.items()}
     values["w"] = round_s(state.first_wait_s)
-    return " ".join(
-        f"{letter}{value}" for letter, value in values.items() if value or not skip_zeros
-    )
+    shown = {letter: value for letter, value in values.items() if value or not skip_zeros}
+    # Most lanes have nothing upstream that is not theirs alone.
+    upstream = dict(zip("uv", state.upstream_veh, strict=True))
+    shown |= {letter: min(count, MAX_COUNT) for letter, count in upstream.items() if count}
+    return " ".join(f"{letter}{value}" for letter, value in shown.items())

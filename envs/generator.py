@@ -26,8 +26,8 @@ from envs.types import QUICK_TIMING, Scenario, SignalTiming
 
 DELAY_BOUNDS_S = (12.0, 42.0)
 """Mean delay that a generated city may have when its signals are actuated."""
-CROWDED_EVERY = 8
-"""Seeds divisible by this have more traffic than their signals can serve at the peak."""
+CROWDED_EVERY = (8, 12)
+"""Seeds divisible by one of these have more traffic than their signals can serve at the peak."""
 CROWDED_DELAY_BOUNDS_S = (45.0, 120.0)
 CROWDED_LOAD = 1.5
 """Factor on the load that is tried first."""
@@ -123,10 +123,10 @@ def _build(city: City, folder: Path) -> None:
     _build_network(city, net)
     critical_vph = plan_signals(city, net)
     scale = city.load * SATURATION_VPH / critical_vph
-    if city.seed % CROWDED_EVERY:
-        _build_demand(city, net, routes, scale, DELAY_BOUNDS_S)
-    else:
+    if any(city.seed % every == 0 for every in CROWDED_EVERY):
         _build_demand(city, net, routes, scale * CROWDED_LOAD, CROWDED_DELAY_BOUNDS_S)
+    else:
+        _build_demand(city, net, routes, scale, DELAY_BOUNDS_S)
     if city.own_greens != "none":
         add_own_greens(city, net)
 

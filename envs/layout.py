@@ -130,7 +130,7 @@ def _phase(
         protected=tuple(all(priority for _, priority in opened[lane]) for lane in lanes),
         downstream=tuple(dict.fromkeys(downstream)),
         inside=tuple(dict.fromkeys(inside)),
-        upstream=_upstream([specs[lane].chain for lane in lanes], roads),
+        upstream=_together([specs[lane] for lane in lanes]),
     )
 
 
@@ -163,15 +163,18 @@ def _lane_spec(
         length_m=max(end + libsumo.lane.getLength(lane) for lane, end in chain),
         speed_limit_mps=libsumo.lane.getMaxSpeed(lane_id),
         chain=chain,
+        upstream=_reach(chain, roads.feeders, roads.controlled)[len(chain) :],
     )
 
 
-def _upstream(
-    chains: Sequence[tuple[tuple[str, float], ...]], roads: _Roads
-) -> tuple[tuple[str, float], ...]:
-    """What is within detector range behind some chains and in none of them."""
-    own = [lane for chain in chains for lane in chain]
-    return _reach(own, roads.feeders, roads.controlled)[len(own) :]
+def _together(lanes: Sequence[LaneSpec]) -> tuple[tuple[str, float], ...]:
+    """What is upstream of some lanes, nearest end first where it is so for several."""
+    own = {name for lane in lanes for name, _ in lane.chain}
+    ends: dict[str, float] = {}
+    for name, end in (upstream for lane in lanes for upstream in lane.upstream):
+        if name not in own:
+            ends[name] = min(end, ends.get(name, end))
+    return tuple(ends.items())
 
 
 def _reach(

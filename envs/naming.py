@@ -64,8 +64,7 @@ def renamed(decision: Decision, order: Sequence[int], names: Sequence[str]) -> D
             downstream_free=tuple(observation.downstream_free[old] for old in order),
             downstream_queue_veh=tuple(observation.downstream_queue_veh[old] for old in order),
             inside_veh=tuple(observation.inside_veh[old] for old in order),
-            upstream_queue_veh=tuple(observation.upstream_queue_veh[old] for old in order),
-            upstream_moving_veh=tuple(observation.upstream_moving_veh[old] for old in order),
+            upstream_veh=tuple(observation.upstream_veh[old] for old in order),
         ),
         legal=tuple(sorted(place[old] for old in decision.legal)),
     )

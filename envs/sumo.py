@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
@@ -126,16 +126,16 @@ class Simulation:
 
     def _observe(self, spec: JunctionSpec) -> Observation:
         current = self._current[spec.tls_id]
-        sightings = [_sight(lane) for lane in spec.lanes]
+        # Lanes and phases share roads behind them and ways through the junction: each is looked at
+        # once.
+        present = functools.cache(_present)
+        halting_veh = functools.cache(libsumo.lane.getLastStepHaltingNumber)
+        sightings = [_sight(lane, present) for lane in spec.lanes]
         now = tuple(ids for _, ids in sightings)
         everywhere = set().union(*now)
         before = self._seen.get(spec.tls_id, now)
         served = {v for lane in spec.phases[current].lanes for v in before[lane]} - everywhere
         self._seen[spec.tls_id] = now
-        # Phases share ways through the junction: each is looked at once.
-        halting_veh = functools.cache(libsumo.lane.getLastStepHaltingNumber)
-        present = functools.cache(_present)
-        behind = [[present(*lane) for lane in phase.upstream] for phase in spec.phases]
         space = [_downstream(phase.downstream) for phase in spec.phases]
         return Observation(
             time_s=self.time_s,
@@ -143,8 +143,7 @@ class Simulation:
             downstream_free=tuple(free for free, _ in space),
             downstream_queue_veh=tuple(queue for _, queue in space),
             inside_veh=tuple(sum(map(halting_veh, phase.inside)) for phase in spec.phases),
-            upstream_queue_veh=tuple(sum(halting for halting, _ in lanes) for lanes in behind),
-            upstream_moving_veh=tuple(sum(moving for _, moving in lanes) for lanes in behind),
+            upstream_veh=tuple(_behind(phase.upstream, present) for phase in spec.phases),
             current=current,
             green_s=round(self.time_s - self._green_since[spec.tls_id]),
             served_veh=len(served),
@@ -302,6 +301,9 @@ class Simulation:
         self._directory.cleanup()
 
 
+Present = Callable[[str, float], tuple[int, int]]
+
+
 def _require_whole_seconds(scenario: Scenario) -> None:
     """Signals change and losses are sampled at whole seconds: steps must meet them."""
     length = scenario.step_length_s
@@ -322,7 +324,7 @@ def _load(scenario: Scenario, options: list[str]) -> None:
         ) from None
 
 
-def _sight(lane: LaneSpec) -> tuple[LaneState, set[str]]:
+def _sight(lane: LaneSpec, present: Present) -> tuple[LaneState, set[str]]:
     """What detectors see on a lane and what feeds it, and which vehicles those are."""
     queue, moving = 0, [0, 0, 0]
     nearest_m, first = DETECTOR_RANGE_M, None
@@ -347,9 +349,18 @@ def _sight(lane: LaneSpec) -> tuple[LaneState, set[str]]:
                 nearest_m, first = distance_m, v if halting else None
     wait_s = round(vehicle.getWaitingTime(first)) if first else 0
     state = LaneState(
-        queue_veh=queue, moving_veh=(moving[0], moving[1], moving[2]), first_wait_s=wait_s
+        queue_veh=queue,
+        moving_veh=(moving[0], moving[1], moving[2]),
+        first_wait_s=wait_s,
+        upstream_veh=_behind(lane.upstream, present),
     )
     return state, ids
+
+
+def _behind(lanes: Sequence[tuple[str, float]], present: Present) -> tuple[int, int]:
+    """Vehicles that halt and that move on some lanes, given with the distance of their ends."""
+    counts = [present(*lane) for lane in lanes]
+    return sum(halting for halting, _ in counts), sum(moving for _, moving in counts)
 
 
 def _present(lane_id: str, end_m: float) -> tuple[int, int]:

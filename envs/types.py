@@ -75,6 +75,9 @@ class LaneSpec:
     """Total length of the chain."""
     speed_limit_mps: float
     chain: tuple[tuple[str, float], ...]
+    upstream: tuple[tuple[str, float], ...] = ()
+    """Further lanes within detector range, from which vehicles may come to this one or go
+    elsewhere, each with the distance of its end from the stop line."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,8 +104,7 @@ class Phase:
     inside: tuple[str, ...] = ()
     """Lanes within the junction on the ways that the opened links take."""
     upstream: tuple[tuple[str, float], ...] = ()
-    """Lanes within detector range from which vehicles may come to `lanes`, or turn off before, and
-    the distance of each one's end from the stop line: what the lanes' own chains leave out."""
+    """The `upstream` of `lanes`, each lane once, without what is in one of their chains."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +126,8 @@ class LaneState:
     """Moving vehicles at 0-50, 50-100 and 100-200 m from the stop line."""
     first_wait_s: int
     """How long the vehicle nearest to the stop line has been standing; 0 if it moves."""
+    upstream_veh: tuple[int, int] = (0, 0)
+    """Vehicles that halt and that move on the lane's `upstream`, within 200 m of the stop line."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,10 +145,8 @@ class Observation:
     inside_veh: tuple[int, ...]
     """For each phase: vehicles that halt within the junction on its ways, such as left turners that
     still wait for a gap."""
-    upstream_queue_veh: tuple[int, ...]
-    """For each phase: vehicles that halt on its `upstream` lanes within 200 m of the stop line."""
-    upstream_moving_veh: tuple[int, ...]
-    """For each phase: vehicles that move there."""
+    upstream_veh: tuple[tuple[int, int], ...]
+    """For each phase: vehicles that halt and that move on its `upstream` lanes."""
     current: int
     """Index of the running green phase."""
     green_s: int

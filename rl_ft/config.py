@@ -92,7 +92,7 @@ class PrepareConfig(Section):
     num_eval_states: int = Field(200, ge=0)
     teachers: tuple[Teacher, ...] = ("max_pressure",)
     """One supervised start each, and each is reinforced by itself."""
-    tellings: int = Field(10, gt=0)
+    tellings: int = Field(6, gt=0)
     """Training rows per state, each with the phases in another order and under other names."""
     lookahead_temperature_veh_s: float = Field(6.0, gt=0)
     """Lookahead's lessons are drawn from softmax(-cost / temperature)."""
@@ -191,7 +191,7 @@ class RolloutConfig(Section):
 class GrpoConfig(Section):
     """The objective; names and meaning are TRL's `GRPOConfig`."""
 
-    max_steps: int = Field(300, gt=0)
+    max_steps: int = Field(250, gt=0)
     num_generations: int = Field(8, gt=1)
     max_completion_length: int = Field(16, gt=0)
     temperature: float = Field(1.0, gt=0)

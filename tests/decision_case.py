@@ -52,9 +52,14 @@ JUNCTION = JunctionSpec(
 )
 
 
-def lane(queue: int = 0, moving: tuple[int, int, int] = (0, 0, 0), wait_s: int = 0) -> LaneState:
+def lane(
+    queue: int = 0,
+    moving: tuple[int, int, int] = (0, 0, 0),
+    wait_s: int = 0,
+    upstream: tuple[int, int] = (0, 0),
+) -> LaneState:
     """What the detectors of one lane see."""
-    return LaneState(queue_veh=queue, moving_veh=moving, first_wait_s=wait_s)
+    return LaneState(queue_veh=queue, moving_veh=moving, first_wait_s=wait_s, upstream_veh=upstream)
 
 
 def observation(
@@ -74,8 +79,7 @@ def observation(
         downstream_free=tuple(free),
         downstream_queue_veh=tuple(behind),
         inside_veh=tuple(inside),
-        upstream_queue_veh=tuple(queue for queue, _ in upstream),
-        upstream_moving_veh=tuple(moving for _, moving in upstream),
+        upstream_veh=tuple(upstream),
         current=current,
         green_s=green_s,
         served_veh=served,

@@ -24,6 +24,7 @@ lane_states = st.builds(
     st.integers(0, 40),
     st.tuples(*[st.integers(0, 30)] * 3),
     st.integers(0, 4000),
+    st.tuples(*[st.integers(0, 120)] * 2),
 )
 observations = st.builds(
     observation,
@@ -40,7 +41,7 @@ observations = st.builds(
 
 def test_the_text_of_a_decision_is_exactly_this():
     seen = observation(
-        lane(2, (1, 0, 3), 14),
+        lane(2, (1, 0, 3), 14, (3, 1)),
         lane(4, wait_s=98),
         current=2,
         green_s=17,
@@ -49,11 +50,11 @@ def test_the_text_of_a_decision_is_exactly_this():
         upstream=((3, 1), (0, 0), (0, 2)),
     )
     assert observation_text(decision(seen, legal=(0, 2))) == (
-        "north through+right q2 n1 f3 w15: full q2 n1 m0 f3 w15 upstream u3 v1 choose A\n"
+        "north through+right q2 n1 f3 w15 u3 v1: full q2 n1 m0 f3 w15 u3 v1 choose A\n"
         "north left q4 w105: inside i2 q4 n0 m0 f0 w105\n"
-        "north right shared blocked q2 n1 f3 w15, north left yield blocked q4 w105, "
+        "north right shared blocked q2 n1 f3 w15 u3 v1, north left yield blocked q4 w105, "
         "east through empty: "
-        "green g15 t10 inside i1 q6 n1 m0 f3 w105 upstream v2 choose C"
+        "green g15 t10 inside i1 q6 n1 m0 f3 w105 v2 choose C"
     )
 
 

@@ -109,8 +109,13 @@ def test_vehicles_behind_a_turn_off_are_seen_as_upstream(world):
         [decision] = world.decisions()
         seen.append(decision.observation)
     for i, phase in enumerate(junction.phases):
-        assert any(o.upstream_moving_veh[i] for o in seen) == bool(phase.upstream)
-    assert any(max(o.upstream_queue_veh) for o in seen)
+        assert any(sum(o.upstream_veh[i]) for o in seen) == bool(phase.upstream)
+    assert any(halting for o in seen for halting, _ in o.upstream_veh)
+    # What is behind a phase is behind one of its lanes.
+    for o in seen:
+        for phase, counts in zip(junction.phases, o.upstream_veh, strict=True):
+            behind = [o.lanes[i].upstream_veh for i in phase.lanes]
+            assert all(sum(c) >= n for c, n in zip(zip(*behind, strict=True), counts, strict=True))
 
 
 def test_vehicles_that_drive_through_a_short_road_do_not_fill_it(world):

@@ -101,8 +101,7 @@ def vector(decision: Decision) -> Vector:
         min(MAX_UNITS, vehicles / NUM_VEH)
         for vehicles in (
             *observation.inside_veh,
-            *observation.upstream_queue_veh,
-            *observation.upstream_moving_veh,
+            *(vehicles for counts in observation.upstream_veh for vehicles in counts),
         )
     ]
     running = [float(i == observation.current) for i in range(num_phases)]
