@@ -1,9 +1,9 @@
 """How a junction speaks to a language model.
 
-Pure text; tokens are `rl_ft.render`'s business, answers those of `envs.answers`. A prompt holds only
-what detectors could sense: one line per green phase, its lanes first, then their totals, and last
-the word that chooses the phase, if it may be chosen now. Every number carries its field's letter,
-so that a word says by itself what it counts.
+Pure text; tokens are `rl_ft.render`'s business, answers are that of `envs.answers`. A prompt holds
+only what detectors could sense: one line per green phase, its lanes first, then their totals, and
+last the word that chooses the phase, if it may be chosen now. Every number carries its field's
+letter, so that a word says by itself what it counts.
 
 Example of a prompt's user message (B runs; both may be chosen):
     south through+right q2 n1 w15, north through empty: q2 n1 m0 f0 w15 choose A

@@ -82,12 +82,12 @@ def equal(left, right) -> list[bool]:
     ]
 
 
-def test_a_vector_has_five_numbers_per_lane_four_per_phase_and_one(deep_rl, decisions):
+def test_a_vector_has_five_numbers_per_lane_six_per_phase_and_one(deep_rl, decisions):
     for decision in decisions:
         numbers = deep_rl.vector(decision)
         lanes, phases = len(decision.junction.lanes), len(decision.junction.phases)
         assert (
-            len(numbers) == deep_rl.vector_length(decision.junction) == 5 * lanes + 4 * phases + 1
+            len(numbers) == deep_rl.vector_length(decision.junction) == 5 * lanes + 6 * phases + 1
         )
         assert numbers.min() >= 0
         assert numbers.max() <= deep_rl.MAX_UNITS

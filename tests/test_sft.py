@@ -86,16 +86,17 @@ def test_a_broken_row_is_named_by_its_line(tmp_path):
         read_lessons(file)
 
 
+def taught(number: int, said: str, *legal: str) -> SftRow:
+    return SftRow(
+        id=str(number),
+        messages=({"role": "user"}, {"role": "assistant", "content": answer(said)}),
+        legal_answers=tuple(map(answer, legal)),
+        cost_veh_s={},
+    )
+
+
 def test_label_noise_replaces_the_asked_share_by_other_legal_answers():
-    rows = [
-        SftRow(
-            id=str(i),
-            messages=({"role": "user"}, {"role": "assistant", "content": answer("A")}),
-            legal_answers=(answer("A"), answer("B")),
-            cost_veh_s={},
-        )
-        for i in range(1000)
-    ]
+    rows = [taught(i, "A", "A", "B") for i in range(1000)]
     noisy = with_label_noise(rows, 0.2, seed=1)
     assert 150 < sum(row.answer == answer("B") for row in noisy) < 250
     assert noisy == with_label_noise(rows, 0.2, seed=1)
@@ -103,7 +104,7 @@ def test_label_noise_replaces_the_asked_share_by_other_legal_answers():
 
 
 def test_label_noise_leaves_a_row_with_one_legal_answer():
-    row = SftRow(id="x", messages=(), answer=answer("A"), legal_answers=(answer("A"),))
+    row = taught(1, "A", "A")
     assert with_label_noise([row] * 50, 0.9, seed=1) == [row] * 50
 
 
@@ -115,7 +116,7 @@ def test_accuracy_is_what_greedy_decoding_would_reach(tmp_path, model_dir, rende
     rows = read_lessons(write_rows(tmp_path / "rows.jsonl", num=12))
     own = []
     for row in rows:
-        prompt = torch.tensor([list(renderer.prompt_ids(row.messages))])
+        prompt = torch.tensor([list(renderer.prompt_ids(row.prompt))])
         with torch.no_grad():
             ids = model.generate(prompt, max_new_tokens=3, do_sample=False, eos_token_id=-1)
         own.append(ids[0, prompt.shape[1] :].tolist())

@@ -110,6 +110,6 @@ class SavedState:
 def _twin(simulation: TraciSimulation) -> TraciSimulation:
     """The same knowledge, to change on its own."""
     twin = copy.copy(simulation)
-    for name in ("_current", "_green_since", "_seen"):
+    for name in ("_current", "_green_since", "_held_until_s", "_seen"):
         setattr(twin, name, dict(getattr(simulation, name)))
     return twin
