@@ -24,7 +24,7 @@ Said = tuple[tuple[str, str | int], ...]
 HOLD_INTERVALS = (1, 2, 3, 4)
 """Durations that may be chosen, in decision intervals: with RESCO's 10 s, up to 40 s."""
 SECONDS_PER_VEH = 2.0
-"""How long a queue needs to drive off, per vehicle of a lane: half an hour for 900."""
+"""How long a queue needs to drive off, per vehicle of a lane: a saturation flow of 1800 an hour."""
 PIECES = ('{"phase": "', '"}', '{"extend": "', '", "duration": ')
 """What answers consist of beside names and numbers, for tokenizers that are built for them."""
 
@@ -91,6 +91,8 @@ class _PhaseDuration:
         """For as long as its longest queue needs, as far as that may be said."""
         lanes = (decision.observation.lanes[i] for i in decision.junction.phases[phase].lanes)
         needed_s = SECONDS_PER_VEH * max(lane.queue_veh for lane in lanes)
+        if phase != decision.observation.current:
+            needed_s += decision.timing.yellow_s + decision.timing.all_red_s
         offered = holds_s(decision)
         hold_s = next((hold for hold in offered if hold >= needed_s), offered[-1])
         return Action(phase=phase, hold_s=hold_s)
@@ -163,7 +165,10 @@ def choice_words(decision: Decision) -> dict[int, str]:
 
 
 def _said(every: dict[Said, Action], action: Action) -> Said:
-    return next(said for said, a in every.items() if a == action)
+    for said, option in every.items():
+        if option == action:
+            return said
+    raise ValueError(f"{action} may not be answered; these may: {list(every.values())}")
 
 
 def parse(decision: Decision, completion: str) -> Parsed | ParseFailure:
@@ -197,11 +202,11 @@ def _known(key: str, decision: Decision) -> set[str | int]:
 
 
 def _mentioned(key: str, decision: Decision, text: str) -> set[str | int]:
-    pattern = {"phase": r"\b([A-Z]{1,2})\b", "duration": r"\b(\d+)\b", "extend": r"\b(yes|no)\b"}
-    found: set[str | int] = set(re.findall(pattern[key], text))
     if key == "duration":
-        found = {int(number) for number in found}
-    return found & _known(key, decision)
+        # Any number counts as one that was named, offered or not.
+        return {int(number) for number in re.findall(r"(?<![\w.-])\d{1,4}(?![\d.]\d)", text)}
+    pattern = r"\b([A-Z]{1,2})\b" if key == "phase" else r"\b(yes|no)\b"
+    return set(re.findall(pattern, text)) & _known(key, decision)
 
 
 def _json_pairs(completion: str) -> Said | None:

@@ -173,7 +173,7 @@ def _with_side_roads(seed: int, crossing: Crossing) -> Crossing:
     for arm in crossing.arms:
         share = rng.uniform(0.03, 0.35) if rng.random() < SIDE_ROAD_SHARE else 0.0
         if share and len(arm.segments_m) > 1 and arm.segments_m[0] < SIDE_ROAD_BELOW_M:
-            # Every lane that arrives there leads to one of them.
+            # Of one or two lanes that arrive there, each leads to one of them too.
             num = min(2, arm.segment_lanes[1])
             turn_off_vph = arm.rate_vph * share / (1.0 - share)
             arm = replace(arm, turn_offs_vph=(turn_off_vph / num,) * num)

@@ -29,7 +29,7 @@ INSTRUCTIONS = (
     "vehicle stands. full: the road behind the junction is full. inside, i: vehicles that stand "
     "within the junction on the phase's ways. u, v: more queued and moving vehicles within 200 m, "
     "on roads that lead here and elsewhere. green: the running phase; g: its seconds, t: "
-    "those until the next choice."
+    "those from one choice to the next."
 )
 
 _SECTORS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")

@@ -168,7 +168,7 @@ def _lane_spec(
 
 
 def _together(lanes: Sequence[LaneSpec]) -> tuple[tuple[str, float], ...]:
-    """What is upstream of some lanes, nearest end first where it is so for several."""
+    """What is upstream of some lanes, each with the nearest of its ends."""
     own = {name for lane in lanes for name, _ in lane.chain}
     ends: dict[str, float] = {}
     for name, end in (upstream for lane in lanes for upstream in lane.upstream):

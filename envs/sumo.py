@@ -8,35 +8,29 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
 import libsumo
 
-from envs import signals
+from envs import detectors, signals
 from envs.controllers import CONTROLLERS, PROGRAMS
 from envs.errors import UserError
 from envs.fork import fork_map
-from envs.layout import DETECTOR_RANGE_M, junction_specs
-from envs.ledger import HALTING_MPS, SAMPLE_S, Ledger, world_digest
+from envs.layout import junction_specs
+from envs.ledger import SAMPLE_S, Ledger, world_digest
 from envs.metrics import trip_stats
 from envs.types import (
     Action,
     Decision,
     JointAction,
     JunctionSpec,
-    LaneSpec,
-    LaneState,
     Observation,
     Outcome,
     Scenario,
     TripStats,
 )
-
-NEAR_M, MID_M = 50.0, 100.0
-VEHICLE_SPACE_M = 7.5
-"""Length plus gap of a standing passenger car: SUMO's default."""
 
 
 class Simulation:
@@ -113,7 +107,8 @@ class Simulation:
     def _decision(self, spec: JunctionSpec) -> Decision:
         observation = self._observe(spec)
         legal = signals.legal_phases(spec, observation, self.scenario.timing)
-        if self.time_s < self._held_until_s[spec.tls_id]:
+        # What was settled gives way to maximum green and to the rule against starvation.
+        if self._is_held(spec.tls_id) and observation.current in legal:
             legal = (observation.current,)
         return Decision(
             scenario=self.scenario.name,
@@ -128,22 +123,22 @@ class Simulation:
         current = self._current[spec.tls_id]
         # Lanes and phases share roads behind them and ways through the junction: each is looked at
         # once.
-        present = functools.cache(_present)
+        counted = functools.cache(detectors.present)
         halting_veh = functools.cache(libsumo.lane.getLastStepHaltingNumber)
-        sightings = [_sight(lane, present) for lane in spec.lanes]
+        sightings = [detectors.sight(lane, counted) for lane in spec.lanes]
         now = tuple(ids for _, ids in sightings)
         everywhere = set().union(*now)
         before = self._seen.get(spec.tls_id, now)
         served = {v for lane in spec.phases[current].lanes for v in before[lane]} - everywhere
         self._seen[spec.tls_id] = now
-        space = [_downstream(phase.downstream) for phase in spec.phases]
+        space = [detectors.downstream(phase.downstream) for phase in spec.phases]
         return Observation(
             time_s=self.time_s,
             lanes=tuple(state for state, _ in sightings),
             downstream_free=tuple(free for free, _ in space),
             downstream_queue_veh=tuple(queue for _, queue in space),
             inside_veh=tuple(sum(map(halting_veh, phase.inside)) for phase in spec.phases),
-            upstream_veh=tuple(_behind(phase.upstream, present) for phase in spec.phases),
+            upstream_veh=tuple(detectors.behind(phase.upstream, counted) for phase in spec.phases),
             current=current,
             green_s=round(self.time_s - self._green_since[spec.tls_id]),
             served_veh=len(served),
@@ -172,11 +167,15 @@ class Simulation:
                 if (elapsed + self.scenario.step_length_s) % SAMPLE_S == 0:
                     ledger.sample()
         for tls_id, action in actions.items():
-            self._held_until_s[tls_id] = max(self._held_until_s[tls_id], start + action.hold_s)
+            if action.phase != self._current[tls_id] or start >= self._held_until_s[tls_id]:
+                self._held_until_s[tls_id] = start + action.hold_s
         for spec, _ in switching:
             self._current[spec.tls_id] = actions[spec.tls_id].phase
             self._green_since[spec.tls_id] = start + timing.yellow_s + timing.all_red_s
         self._decisions = None
+
+    def _is_held(self, tls_id: str) -> bool:
+        return self.time_s < self._held_until_s[tls_id]
 
     def _require_legal(self, actions: JointAction) -> None:
         legal = {d.junction.tls_id: d.legal for d in self.decisions()}
@@ -187,6 +186,8 @@ class Simulation:
                     f"{self.time_s:g} s: "
                     f"legal are {legal.get(tls_id, 'none, it is not controlled')}"
                 )
+            if action.hold_s < 0:
+                raise UserError(f"phase {action.phase} cannot be held for {action.hold_s} s")
 
     def _switching(self, actions: JointAction) -> list[tuple[JunctionSpec, str]]:
         if not actions:
@@ -301,9 +302,6 @@ class Simulation:
         self._directory.cleanup()
 
 
-Present = Callable[[str, float], tuple[int, int]]
-
-
 def _require_whole_seconds(scenario: Scenario) -> None:
     """Signals change and losses are sampled at whole seconds: steps must meet them."""
     length = scenario.step_length_s
@@ -322,79 +320,6 @@ def _load(scenario: Scenario, options: list[str]) -> None:
         raise UserError(
             f"SUMO cannot load scenario {scenario.name} with network {scenario.net_file}: {reason}"
         ) from None
-
-
-def _sight(lane: LaneSpec, present: Present) -> tuple[LaneState, set[str]]:
-    """What detectors see on a lane and what feeds it, and which vehicles those are."""
-    queue, moving = 0, [0, 0, 0]
-    nearest_m, first = DETECTOR_RANGE_M, None
-    ids: set[str] = set()
-    vehicle = libsumo.vehicle
-    for lane_id, end_m in lane.chain:
-        on_lane = libsumo.lane.getLastStepVehicleIDs(lane_id)
-        if not on_lane:
-            continue
-        length = libsumo.lane.getLength(lane_id)
-        for v in on_lane:
-            distance_m = end_m + length - vehicle.getLanePosition(v)
-            if distance_m >= DETECTOR_RANGE_M:
-                continue
-            ids.add(v)
-            halting = vehicle.getSpeed(v) < HALTING_MPS
-            if halting:
-                queue += 1
-            else:
-                moving[(distance_m >= NEAR_M) + (distance_m >= MID_M)] += 1
-            if distance_m < nearest_m:
-                nearest_m, first = distance_m, v if halting else None
-    wait_s = round(vehicle.getWaitingTime(first)) if first else 0
-    state = LaneState(
-        queue_veh=queue,
-        moving_veh=(moving[0], moving[1], moving[2]),
-        first_wait_s=wait_s,
-        upstream_veh=_behind(lane.upstream, present),
-    )
-    return state, ids
-
-
-def _behind(lanes: Sequence[tuple[str, float]], present: Present) -> tuple[int, int]:
-    """Vehicles that halt and that move on some lanes, given with the distance of their ends."""
-    counts = [present(*lane) for lane in lanes]
-    return sum(halting for halting, _ in counts), sum(moving for _, moving in counts)
-
-
-def _present(lane_id: str, end_m: float) -> tuple[int, int]:
-    """Vehicles within detector range that halt and that move on a lane that ends `end_m` before
-    the stop line."""
-    first_m = libsumo.lane.getLength(lane_id) - (DETECTOR_RANGE_M - end_m)
-    vehicle = libsumo.vehicle
-    near = [
-        vehicle.getSpeed(v)
-        for v in libsumo.lane.getLastStepVehicleIDs(lane_id)
-        if vehicle.getLanePosition(v) > first_m
-    ]
-    halting = sum(speed < HALTING_MPS for speed in near)
-    return halting, len(near) - halting
-
-
-def _downstream(lanes: Sequence[str]) -> tuple[float, int]:
-    """What is behind the junction: smallest share of lane that no standing vehicle takes, and
-    halting vehicles nearby.
-
-    Moving vehicles make room: on a lane of ten metres a single one would always leave none.
-    A queue further down the road belongs to the next signal. Counting it as pressure, at any
-    distance, more than doubles max-pressure's delay on RESCO's cologne8.
-    """
-    free, queue = 1.0, 0
-    vehicle = libsumo.vehicle
-    for lane in lanes:
-        present = libsumo.lane.getLastStepVehicleIDs(lane)
-        if present:
-            halting = [v for v in present if vehicle.getSpeed(v) < HALTING_MPS]
-            room = max(1.0, libsumo.lane.getLength(lane) / VEHICLE_SPACE_M)
-            free = min(free, max(0.0, 1.0 - len(halting) / room))
-            queue += sum(vehicle.getLanePosition(v) < NEAR_M for v in halting)
-    return free, queue
 
 
 def _actuated_programs(scenario: Scenario) -> str:

@@ -185,7 +185,8 @@ class Action:
     """Index into `JunctionSpec.phases`."""
     hold_s: int = 0
     """Seconds, the change's yellow included, until the junction may choose again; it may not before
-    the next decision instant in any case."""
+    the next decision instant in any case. What ends a green earlier (`envs.signals.legal_phases`)
+    ends it here too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

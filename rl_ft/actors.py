@@ -257,7 +257,7 @@ def start_worlds(config: Config, data: Path) -> list[Any]:
     settings = config.ray
     if config.rollout.offline:
         states = sorted(read_states(data), key=lambda state: state.id)
-        num = min(settings.num_world_actors, len(states))
+        num = min(settings.num_world_actors, config.rollout.num_worlds, len(states))
         kind, works = LookupActor, [(states[i::num],) for i in range(num)]
     else:
         scenarios = expand(config.scenarios.train)

@@ -10,9 +10,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from envs.answers import HOLD_INTERVALS
 from envs.reward import TrafficTerm
 from envs.scenario import expand
-from envs.types import DecisionFormat
+from envs.types import DecisionFormat, SignalTiming
 
 Teacher = Literal["max_pressure", "lookahead"]
 Controller = Literal["fixed", "actuated", "max_pressure", "max_wave", "random", "lookahead"]
@@ -89,6 +90,8 @@ class PrepareConfig(Section):
     dataset: str | None = None
     """A folder with a dataset, as a run's `data/`: used as it is, nothing is collected."""
     num_states: int = Field(2000, gt=0)
+    num_lesson_states: int | None = Field(None, gt=0)
+    """How many of them become lessons of the supervised start; None: all."""
     num_eval_states: int = Field(200, ge=0)
     teachers: tuple[Teacher, ...] = ("max_pressure",)
     """One supervised start each, and each is reinforced by itself."""
@@ -146,15 +149,24 @@ class RewardConfig(Section):
     format_partial: float = -0.5
     format_invalid: float = -2.0
 
+    @model_validator(mode="after")
+    def _not_all_alike(self) -> RewardConfig:
+        if self.traffic == "tanh" and "scale_veh_s" not in self.model_fields_set:
+            raise ValueError(
+                "reward.traffic=tanh squashes the whole cost, hundreds of vehicle seconds: set "
+                "reward.scale_veh_s to such a number too, or all answers earn -1"
+            )
+        return self
+
 
 class RolloutConfig(Section):
     """How groups are made."""
 
     offline: bool = False
-    """Take instants and what they lead to from the dataset in `data/`: no simulation runs while the
-    model trains. `num_worlds` is then how many instants are asked about at once, and what drives
-    worlds (`behaviour`, `max_pause`, `episode_s`, `warm_up_s`, `min_queue_veh`) counts for
-    nothing."""
+    """Take instants and what they lead to from the dataset in `data/`: nothing is simulated for the
+    training, though checks still drive (`check.every_steps`). `num_worlds` is then how many
+    instants are asked about at once, and what drives worlds (`behaviour`, `max_pause`, `episode_s`,
+    `warm_up_s`, `min_queue_veh`) counts for nothing."""
     num_groups: int = Field(48, gt=0)
     """Groups per optimiser step: one telling of one decision state each."""
     tellings: int = Field(4, gt=0)
@@ -341,6 +353,25 @@ class Config(Section):
             raise ValueError(
                 f"grpo.beta is {self.grpo.beta:g}, but TRL estimates the KL term from answers that "
                 "the policy gave: set rollout.counterfactuals to false as well"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_world_actor_works(self) -> Config:
+        if self.rollout.num_worlds < self.ray.num_world_actors and not self.rollout.offline:
+            raise ValueError(
+                f"rollout.num_worlds is {self.rollout.num_worlds}, but ray.num_world_actors "
+                f"{self.ray.num_world_actors} want one each"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_answered_shows(self) -> Config:
+        longest_s = HOLD_INTERVALS[-1] * SignalTiming().decision_interval_s
+        if self.decision_format == "phase_duration" and self.reward.horizon_s <= longest_s:
+            raise ValueError(
+                f"reward.horizon_s is {self.reward.horizon_s:g}, within which a green that is "
+                f"settled for {longest_s} s costs as much as a shorter one: set it to 60"
             )
         return self
 

@@ -17,25 +17,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from envs import dialect
-from envs.answers import act, answer_text
+from envs.answers import act, answer_text, options
 from envs.controllers import max_pressure
 from envs.errors import UserError
-from envs.scenario import content_hash, load_scenario
-from envs.types import (
-    Action,
-    Decision,
-    DecisionFormat,
-    JunctionSpec,
-    Observation,
-    Outcome,
-    SignalTiming,
-)
+from envs.scenario import content_hash, expand, load_scenario
+from envs.types import Decision, DecisionFormat
 from rl_ft.config import Config
 from rl_ft.lessons import lessons
-from rl_ft.states import DecisionState, Leg
+from rl_ft.rows import Candidate, FileEntry, GrpoRow, Manifest, Place, Record, Settings, SftRow
+from rl_ft.states import DecisionState
 
 SCHEMA_VERSION = 1
 GRPO_FILE = "grpo.jsonl"
@@ -43,103 +36,14 @@ JUNCTIONS_FILE = "junctions.json"
 MANIFEST_FILE = "manifest.json"
 
 
-class _Record(BaseModel):
-    """Strict about names; a number that is none is an error."""
+KEYS = {
+    "decision_format": "decision_format",
+    "instructions": "model.instructions",
+    "lookahead_temperature_veh_s": "prepare.lookahead_temperature_veh_s",
+}
+"""Where a setting stands in a configuration; the others in its section `reward`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-_Row = TypeVar("_Row", bound=_Record)
-
-
-class Candidate(_Record):
-    """A legal answer and what it leads to."""
-
-    answer: str
-    action: Action
-    outcome: Outcome
-
-
-class GrpoRow(_Record):
-    """One decision state as a row.
-
-    `prompt` and `candidates` tell it with its phases in the order of the junction; `way` and `seed`
-    lead back to it. What the junction is like stands in `junctions.json`.
-    """
-
-    id: str
-    scenario: str
-    seed: int
-    time_s: float
-    junction: str
-    way: tuple[Leg, ...]
-    prompt: tuple[dict[str, str], ...]
-    candidates: tuple[Candidate, ...]
-    max_pressure: str
-    """What max-pressure answers."""
-    observation: Observation
-
-
-class SftRow(_Record):
-    """A chat that ends with a teacher's answer; TRL's conversational format.
-
-    Example:
-        SftRow(id="generated:3/100004/320/J0",
-               messages=({"role": "user", "content": "..."},
-                         {"role": "assistant", "content": '{"phase": "D"}'}),
-               legal_answers=('{"phase": "B"}', '{"phase": "D"}'),
-               cost_veh_s={'{"phase": "B"}': 611.0, '{"phase": "D"}': 572.5})
-    """
-
-    id: str
-    messages: tuple[dict[str, str], ...] = Field(min_length=2)
-    legal_answers: tuple[str, ...]
-    cost_veh_s: dict[str, float]
-
-    @property
-    def prompt(self) -> tuple[dict[str, str], ...]:
-        """The chat up to the answer."""
-        return self.messages[:-1]
-
-    @property
-    def answer(self) -> str:
-        """What the teacher says."""
-        return self.messages[-1]["content"]
-
-    def answered(self, answer: str) -> SftRow:
-        """The same chat with another answer."""
-        last = {**self.messages[-1], "content": answer}
-        return self.model_copy(update={"messages": (*self.prompt, last)})
-
-
-class Place(_Record):
-    """What the decision states of a scenario share."""
-
-    timing: SignalTiming
-    junctions: dict[str, JunctionSpec]
-
-
-class FileEntry(_Record):
-    """What a file must be."""
-
-    sha256: str
-    rows: int
-
-
-class Manifest(_Record):
-    """Where a dataset comes from and what it consists of."""
-
-    schema_version: int
-    decision_format: DecisionFormat
-    seed: int
-    rl_ft: str
-    sumo: str
-    """Version that measured: another one may drive differently."""
-    horizon_s: float
-    follow: str
-    scenarios: dict[str, str]
-    """Hash of each scenario's files (`envs.scenario.content_hash`)."""
-    files: dict[str, FileEntry]
+Row = TypeVar("Row", bound=Record)
 
 
 def write_dataset(
@@ -154,7 +58,8 @@ def write_dataset(
     files = {GRPO_FILE: _write(aside / GRPO_FILE, (_grpo_line(s, config) for s in train))}
     for teacher in config.prepare.teachers:
         name = f"sft_{teacher}.jsonl"
-        rows = (lessons(s, teacher, config, num=config.prepare.tellings) for s in train)
+        taught = train[: config.prepare.num_lesson_states]
+        rows = (lessons(s, teacher, config, num=config.prepare.tellings) for s in taught)
         files[name] = _write(aside / name, (json.dumps(row) for part in rows for row in part))
         held = (lessons(s, teacher, config, num=1, soften=False) for s in held_back)
         name = f"eval_{teacher}.jsonl"
@@ -169,47 +74,68 @@ def write_dataset(
     names = sorted({state.decision.scenario for state in states})
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        decision_format=config.decision_format,
         seed=config.seed,
         rl_ft=version("rl-ft"),
         sumo=version("eclipse-sumo"),
-        horizon_s=config.reward.horizon_s,
-        follow=config.reward.follow,
+        settings=_settings(config),
         scenarios={name: content_hash(load_scenario(name)) for name in names},
         files=files,
     )
     (aside / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
-    shutil.rmtree(directory, ignore_errors=True)
-    aside.rename(directory)
+    _put_in_place(aside, directory)
 
 
 def adopt_dataset(source: Path, directory: Path, config: Config) -> Manifest:
     """Copy a dataset, once every row of it has been read.
 
     Raises:
-        UserError: it is not as it was written, or lacks what the configuration asks for.
+        UserError: it is not as it was written, or not what the configuration asks for.
     """
     manifest = read_manifest(source)
-    read_states(source)
-    for teacher in config.prepare.teachers:
-        for file in (source / f"sft_{teacher}.jsonl", source / f"eval_{teacher}.jsonl"):
-            read_lessons(file)
-    for key, found, wanted in (
-        ("reward.horizon_s", manifest.horizon_s, config.reward.horizon_s),
-        ("reward.follow", manifest.follow, config.reward.follow),
-        ("decision_format", manifest.decision_format, config.decision_format),
-    ):
-        if found != wanted:
+    wanted = _settings(config)
+    for name, found in manifest.settings:
+        if found != getattr(wanted, name):
+            key = KEYS.get(name, f"reward.{name}")
             raise UserError(
-                f"the dataset in {source} was measured with {key} {found}, wanted is {wanted}: "
-                f"--set {key}={found}"
+                f"the dataset in {source} was made with {key} {found}, wanted is "
+                f"{getattr(wanted, name)}: --set {key}={found}"
             )
+    for teacher in config.prepare.teachers:
+        if f"sft_{teacher}.jsonl" not in manifest.files:
+            raise UserError(
+                f"the dataset in {source} has no lessons of {teacher}, it has "
+                f"{_names(manifest)}: --set prepare.teachers=[...]"
+            )
+    judges = expand((*config.scenarios.held_out, *config.check.scenarios))
+    if shared := sorted(manifest.scenarios.keys() & set(judges)):
+        raise UserError(
+            f"the dataset in {source} has rows of {', '.join(shared)}, on which models are chosen "
+            "or judged: set scenarios.held_out or check.scenarios to others"
+        )
+    read_everything(source)
     aside = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside)
-    shutil.rmtree(directory, ignore_errors=True)
-    aside.rename(directory)
+    aside.mkdir(parents=True)
+    for name in (*manifest.files, MANIFEST_FILE):
+        shutil.copyfile(source / name, aside / name)
+    _put_in_place(aside, directory)
     return manifest
+
+
+def read_everything(directory: Path) -> list[DecisionState]:
+    """The decision states, once every file of the dataset has been read and is as it was written.
+
+    Raises:
+        UserError: the first thing that is not, by file and row.
+    """
+    manifest = read_manifest(directory)
+    states = read_states(directory)
+    for name in manifest.files:
+        if name.startswith(("sft_", "eval_")) and name.endswith(".jsonl"):
+            read_lessons(directory / name)
+        else:
+            check_file(directory / name, manifest)
+    return states
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -234,7 +160,10 @@ def read_manifest(directory: Path) -> Manifest:
             "writes it to the folder data of a run"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not a dataset's manifest: {_sentence(error)}") from error
+        raise UserError(
+            f"{file} is not a dataset's manifest: {_sentence(error)}; a dataset is the folder data "
+            "of a run"
+        ) from error
 
 
 def read_states(directory: Path) -> list[DecisionState]:
@@ -244,17 +173,29 @@ def read_states(directory: Path) -> list[DecisionState]:
         UserError: the first thing that is not as it was written, by file and row.
     """
     manifest = read_manifest(directory)
-    rows = _read(directory / GRPO_FILE, GrpoRow, manifest)
-    file = directory / JUNCTIONS_FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        places = {name: Place.model_validate(place) for name, place in content.items()}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not readable: {_sentence(error)}") from error
-    check_file(file, manifest, num_rows=1)
+    file = directory / GRPO_FILE
+    rows = _read(file, GrpoRow, manifest)
     if not rows:
-        raise UserError(f"{directory / GRPO_FILE} holds no rows; raise prepare.num_states")
-    return [_state(row, places[row.scenario], manifest.decision_format) for row in rows]
+        raise UserError(f"{file} holds no rows; raise prepare.num_states")
+    places = _read_places(directory / JUNCTIONS_FILE, manifest)
+    states = []
+    for number, row in enumerate(rows, start=1):
+        place = places.get(row.scenario)
+        if place is None or row.junction not in place.junctions:
+            raise UserError(
+                f"{file}, row {number}: {JUNCTIONS_FILE} knows no junction {row.junction} of "
+                f"{row.scenario}"
+            )
+        state = _state(row, place, manifest.settings.decision_format)
+        told, asked = len(row.observation.lanes), len(state.decision.junction.lanes)
+        if told != asked or tuple(state.outcomes) != options(state.decision):
+            raise UserError(
+                f"{file}, row {number}: expected {asked} lanes and an outcome for each of "
+                f"{len(options(state.decision))} legal answers, found {told} and "
+                f"{len(state.outcomes)}; write the dataset anew with `rl-ft prepare`"
+            )
+        states.append(state)
+    return states
 
 
 def read_lessons(file: Path) -> list[SftRow]:
@@ -279,6 +220,38 @@ def check_file(file: Path, manifest: Manifest, *, num_rows: int | None = None) -
         )
 
 
+def _read_places(file: Path, manifest: Manifest) -> dict[str, Place]:
+    check_file(file, manifest)
+    try:
+        return TypeAdapter(dict[str, Place]).validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise UserError(f"{file} does not hold junctions: {_sentence(error)}") from error
+
+
+def _settings(config: Config) -> Settings:
+    reward = config.reward
+    return Settings(
+        decision_format=config.decision_format,
+        instructions=config.model.instructions,
+        horizon_s=reward.horizon_s,
+        follow=reward.follow,
+        time_loss=reward.time_loss,
+        junction_time_loss=reward.junction_time_loss,
+        halting=reward.halting,
+        lookahead_temperature_veh_s=config.prepare.lookahead_temperature_veh_s,
+    )
+
+
+def _put_in_place(aside: Path, directory: Path) -> None:
+    """The finished folder under its name; what was there goes only once it has made way."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    aside.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _grpo_line(state: DecisionState, config: Config) -> str:
     decision = state.decision
     row = GrpoRow(
@@ -289,6 +262,7 @@ def _grpo_line(state: DecisionState, config: Config) -> str:
         junction=decision.junction.tls_id,
         way=state.way,
         prompt=tuple(dialect.messages(decision, instructions=config.model.instructions)),
+        legal=decision.legal,
         candidates=tuple(
             Candidate(answer=answer_text(decision, action), action=action, outcome=outcome)
             for action, outcome in state.outcomes.items()
@@ -305,7 +279,7 @@ def _state(row: GrpoRow, place: Place, asked_as: DecisionFormat) -> DecisionStat
         seed=row.seed,
         junction=place.junctions[row.junction],
         observation=row.observation,
-        legal=tuple(sorted({candidate.action.phase for candidate in row.candidates})),
+        legal=row.legal,
         timing=place.timing,
         format=asked_as,
     )
@@ -331,7 +305,7 @@ def _write(file: Path, lines: Iterable[str]) -> FileEntry:
     return FileEntry(sha256=_sha256(file), rows=num)
 
 
-def _read(file: Path, kind: type[_Row], manifest: Manifest) -> list[_Row]:
+def _read(file: Path, kind: type[Row], manifest: Manifest) -> list[Row]:
     rows = []
     for number, line in enumerate(_lines(file), start=1):
         try:
@@ -345,7 +319,7 @@ def _read(file: Path, kind: type[_Row], manifest: Manifest) -> list[_Row]:
 def _lines(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not readable: {_sentence(error)}") from error
 
 

@@ -22,6 +22,7 @@ from rl_ft.cluster import gpu_share, ray_session
 from rl_ft.config import Config
 from rl_ft.monitor import write_summary
 from rl_ft.progress import Progress
+from rl_ft.question import asked_as_taught
 from rl_ft.render import Renderer
 from rl_ft.run_folder import RunFolder, write_atomically
 
@@ -115,7 +116,7 @@ def evaluate(
 
     episodes: list[Episode] = []
 
-    def play(name: str, ask: Ask) -> None:
+    def play(name: str, ask: Ask, config: Config = config) -> None:
         with progress(name) as shown:
             episodes.extend(
                 play_model(
@@ -136,7 +137,7 @@ def evaluate(
     if models:
         with _sampler(config, models) as ask_as:
             for name, path in models.items():
-                play(name, ask_as(path))
+                play(name, ask_as(path), asked_as_taught(path, config))
     rows = sorted(
         (_row(episode, splits) for episode in episodes),
         key=lambda row: (row["policy"], row["scenario"], row["seed"]),
@@ -177,7 +178,7 @@ def _sampler(config: Config, models: dict[str, Path]) -> Iterator[Callable[[Path
         def ask_as(path: Path) -> Ask:
             generator = engine_for(path)
             ray.get(generator.load_folder.remote(str(path)))
-            return RemoteAsk(generator, renderers[path], config)
+            return RemoteAsk(generator, renderers[path], asked_as_taught(path, config))
 
         try:
             yield ask_as

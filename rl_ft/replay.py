@@ -14,8 +14,9 @@ from envs.answers import label, offered
 from envs.errors import UserError
 from envs.scenario import content_hash, load_scenario
 from envs.world import World
-from rl_ft.dataset import Manifest, read_manifest, read_states
+from rl_ft.dataset import read_everything, read_manifest
 from rl_ft.progress import track
+from rl_ft.rows import Manifest
 from rl_ft.states import DecisionState
 
 TIMEOUT_S = 600.0
@@ -37,7 +38,7 @@ def check_dataset(directory: Path, *, num_rows: int, seed: int) -> list[Replayed
             sampled row has changed.
     """
     manifest = read_manifest(directory)
-    states = read_states(directory)
+    states = read_everything(directory)
     _require_sumo(directory, manifest)
     chosen = sorted(random.Random(seed).sample(range(len(states)), min(num_rows, len(states))))
     for name in dict.fromkeys(states[i].decision.scenario for i in chosen):
@@ -50,7 +51,7 @@ def check_dataset(directory: Path, *, num_rows: int, seed: int) -> list[Replayed
 
 
 def replay(state: DecisionState, manifest: Manifest) -> Replayed:
-    """Drive the way to the instant anew, and try every legal phase there."""
+    """Drive the way to the instant anew, and try every legal answer there."""
     decision = state.decision
     with World(timeout_s=TIMEOUT_S) as world:
         world.reset(load_scenario(decision.scenario), decision.seed)
@@ -63,7 +64,9 @@ def replay(state: DecisionState, manifest: Manifest) -> Replayed:
         if now != [decision]:
             return Replayed(id=state.id, difference="the junction sees something else there now")
         outcomes = world.branch(
-            [{tls_id: action} for action in state.outcomes], manifest.horizon_s, manifest.follow
+            [{tls_id: action} for action in state.outcomes],
+            manifest.settings.horizon_s,
+            manifest.settings.follow,
         )
     names = [label(decision, action) for action in state.outcomes]
     changed = [

@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, Any
 from envs.errors import UserError
 from rl_ft.cluster import gpu_share, ray_session
 from rl_ft.config import Config
-from rl_ft.dataset import SftRow, read_lessons
+from rl_ft.dataset import read_lessons
 from rl_ft.monitor import MetricLog, read_metrics
 from rl_ft.progress import Progress
+from rl_ft.question import write_question
 from rl_ft.render import Renderer
+from rl_ft.rows import SftRow
 from rl_ft.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -154,6 +156,7 @@ def fit_teacher(config: Config, job: TeacherJob, *, on_metrics: OnMetrics) -> di
     on_metrics(int(last["step"]), summary)
     trained.save_pretrained(work_dir)
     tokenizer.save_pretrained(work_dir)
+    write_question(work_dir, config)
     (work_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(job.out_dir, ignore_errors=True)
     os.replace(work_dir, job.out_dir)

@@ -53,12 +53,19 @@ def vouch(file: Path) -> None:
     place = file.with_name(MANIFEST_FILE)
     manifest = {
         "schema_version": SCHEMA_VERSION,
-        "decision_format": "phase",
         "seed": 1,
         "rl_ft": "0",
         "sumo": "none",
-        "horizon_s": 30.0,
-        "follow": "max_wave",
+        "settings": {
+            "decision_format": "phase",
+            "instructions": False,
+            "horizon_s": 30.0,
+            "follow": "max_wave",
+            "time_loss": 1.0,
+            "junction_time_loss": 0.0,
+            "halting": 0.0,
+            "lookahead_temperature_veh_s": 6.0,
+        },
         "scenarios": {},
         "files": {},
     }

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from envs.answers import FORMATS, Parsed, act, answer_text, label, offered, options, parse
 from envs.controllers import max_pressure
 from envs.dialect import messages, observation_text
+from envs.errors import UserError
 from envs.naming import retold
 from envs.scenario import load_scenario
 from envs.types import QUICK_TIMING, Action, ParseFailure
@@ -145,6 +146,9 @@ def test_durations_are_whole_decision_intervals():
         ('{"phase": "A", "duration": "20"}', "unknown duration"),
         ('{"duration": 20}', "no phase"),
         ("A for 20 or 30 s", "more than one duration"),
+        ("A for 25 or 20 s", "more than one duration"),
+        ("A -20", "no duration"),
+        ("A " + "1" * 5000, "no duration"),
         ('{"phase": "B", "duration": 20}', "phase not legal now"),
     ],
 )
@@ -153,40 +157,95 @@ def test_a_duration_is_one_of_those_offered(completion, reason):
     assert parse(question, completion) == ParseFailure(reason=reason)
 
 
+@pytest.mark.parametrize("completion", ["A, 20s", "20 seconds of A.", "phase A, duration: 20."])
+def test_a_recognisable_duration_is_partial(completion):
+    question = offered(decision(observation()), "phase_duration")
+    parsed = parse(question, completion)
+    assert parsed == Parsed(action=Action(phase=0, hold_s=20), strict=False)
+
+
+def test_what_may_not_be_answered_has_no_answer():
+    question = offered(decision(observation()), "phase_duration")
+    with pytest.raises(ValueError, match="may not be answered"):
+        answer_text(question, Action(phase=0))
+
+
 def test_keys_in_another_order_are_partial():
     question = offered(decision(observation()), "phase_duration")
     parsed = parse(question, '{"duration": 20, "phase": "B"}')
     assert parsed == Parsed(action=Action(phase=1, hold_s=20), strict=False)
 
 
-@pytest.mark.parametrize(("queue", "hold_s"), [(0, 10), (5, 10), (6, 20), (18, 40), (60, 40)])
-def test_a_controller_holds_as_long_as_its_queue_needs(queue, hold_s):
-    question = offered(decision(observation(lane(queue))), "phase_duration")
+@pytest.mark.parametrize(
+    ("queue", "current", "hold_s"),
+    [(0, 0, 10), (5, 0, 10), (6, 0, 20), (18, 0, 40), (60, 0, 40), (3, 1, 10), (5, 1, 20)],
+)
+def test_a_controller_holds_as_long_as_its_queue_and_the_yellow_need(queue, current, hold_s):
+    question = offered(decision(observation(lane(queue), current=current)), "phase_duration")
     assert act(question, 0) == Action(phase=0, hold_s=hold_s)
 
 
-@pytest.mark.parametrize("scenario", ["generated:1", "generated:4", "resco:cologne3"])
+def hold(world, scenario, hold_s):
+    """Settle the longest queue's green; what may be chosen at the next instants, and when."""
+    world.reset(scenario, seed=1)
+    world.drive("max_wave", scenario.begin_s + 200)
+    decision = max(world.decisions(), key=lambda d: (len(d.legal), d.junction.tls_id))
+    tls_id, lanes = decision.junction.tls_id, decision.observation.lanes
+    queues = [sum(lanes[i].queue_veh for i in p.lanes) for p in decision.junction.phases]
+    others = [i for i in decision.legal if i != decision.observation.current]
+    chosen = max(others, key=lambda i: queues[i])
+    begin_s, _ = world.time()
+    world.step({tls_id: Action(phase=chosen, hold_s=hold_s)})
+    seen = []
+    for _ in range(6):
+        now_s, _ = world.time()
+        [here] = [d for d in world.decisions() if d.junction.tls_id == tls_id]
+        assert here.observation.current == chosen or chosen not in seen[-1][1]
+        seen.append((now_s - begin_s, here.legal))
+        world.step({})
+    return chosen, seen
+
+
+@pytest.mark.parametrize("scenario", ["generated:4", "resco:cologne1"])
 def test_a_settled_green_stays_until_its_time_is_over(scenario):
+    city = load_scenario(scenario)
+    interval_s = city.timing.decision_interval_s
     with World() as world:
-        city = load_scenario(scenario)
+        chosen, seen = hold(world, city, 3 * interval_s)
+    assert [legal for after_s, legal in seen if after_s < 3 * interval_s] == [(chosen,)] * 2
+    assert len(dict(seen)[3 * interval_s]) > 1
+
+
+def test_maximum_green_ends_what_was_settled():
+    city = load_scenario("resco:cologne1")
+    timing = replace(city.timing, max_green_s=15)
+    with World() as world:
+        chosen, seen = hold(world, replace(city, timing=timing), 60)
+    assert dict(seen)[10.0] == (chosen,)
+    assert chosen not in dict(seen)[20.0]
+
+
+def test_what_is_settled_is_not_settled_anew_before_its_time():
+    city = load_scenario("resco:cologne1")
+    with World() as world:
         world.reset(city, seed=1)
         world.drive("max_wave", city.begin_s + 200)
-        before = world.decisions()
-        decision = max(before, key=lambda d: len(d.legal))
-        tls_id, interval_s = decision.junction.tls_id, city.timing.decision_interval_s
-        other = next(i for i in decision.legal if i != decision.observation.current)
-        begin_s, _ = world.time()
-        world.step({tls_id: Action(phase=other, hold_s=3 * interval_s)})
-        choices = {}
-        for _ in range(4):
-            now_s, _ = world.time()
-            [here] = [d for d in world.decisions() if d.junction.tls_id == tls_id]
-            choices[now_s - begin_s] = here.legal
-            assert here.observation.current == other
-            world.step({})
-    settled = (other,)
-    assert choices[interval_s] == choices[2 * interval_s] == settled
-    assert len(choices[3 * interval_s]) > 1
+        [decision] = world.decisions()
+        tls_id, current = decision.junction.tls_id, decision.observation.current
+        for _ in range(3):
+            world.step({tls_id: Action(phase=current, hold_s=20)})
+        assert len(world.decisions()[0].legal) == 1  # the third began another 20 s
+        world.step({tls_id: Action(phase=current)})
+        assert len(world.decisions()[0].legal) > 1
+
+
+def test_nothing_is_settled_for_less_than_no_time():
+    city = load_scenario("generated:1")
+    with World() as world:
+        world.reset(city, seed=1)
+        tls_id = world.decisions()[0].junction.tls_id
+        with pytest.raises(UserError, match="cannot be held for -10 s"):
+            world.step({tls_id: Action(phase=0, hold_s=-10)})
 
 
 @EVERY_FORMAT

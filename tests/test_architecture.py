@@ -17,9 +17,9 @@ MODULES = {
 }
 
 OWNERS = {
-    "libsumo": {"envs.sumo", "envs.layout", "envs.ledger"},
+    "libsumo": {"envs.sumo", "envs.layout", "envs.ledger", "envs.detectors"},
     "numpy": {"envs.metrics", "rl_ft.weights", "rl_ft.learner"},
-    "pydantic": {"rl_ft.config", "rl_ft.recipe", "rl_ft.dataset"},
+    "pydantic": {"rl_ft.config", "rl_ft.recipe", "rl_ft.rows", "rl_ft.dataset"},
     "yaml": {"rl_ft.recipe", "rl_ft.run_folder"},
     "typer": {"rl_ft.cli"},
     "psutil": {"rl_ft.monitor", "rl_ft.run_folder"},

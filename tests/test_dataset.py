@@ -10,10 +10,12 @@ import pytest
 from lesson_case import vouch
 
 from envs.errors import UserError
+from rl_ft.config import Config
 from rl_ft.dataset import (
     GRPO_FILE,
     MANIFEST_FILE,
     adopt_dataset,
+    read_everything,
     read_lessons,
     read_manifest,
     read_states,
@@ -148,8 +150,11 @@ def test_a_name_that_nobody_knows_is_named_with_its_row(dataset):
 
 
 def test_a_dataset_is_adopted_as_it_is(dataset, data_config, tmp_path):
+    (dataset / "notes.txt").write_text("mine")
     adopt_dataset(dataset, tmp_path / "mine", data_config)
-    assert read_manifest(tmp_path / "mine") == read_manifest(dataset)
+    copied = {file.name: file.read_bytes() for file in (tmp_path / "mine").iterdir()}
+    assert copied == {name: (dataset / name).read_bytes() for name in copied}
+    assert copied.keys() == {*read_manifest(dataset).files, MANIFEST_FILE}
 
 
 def test_a_broken_dataset_is_not_adopted(dataset, data_config, tmp_path):
@@ -163,5 +168,85 @@ def test_a_broken_dataset_is_not_adopted(dataset, data_config, tmp_path):
 
 def test_outcomes_of_another_horizon_are_refused(dataset, data_config, tmp_path):
     reward = data_config.reward.model_copy(update={"horizon_s": 45.0})
-    with pytest.raises(UserError, match=r"measured with reward\.horizon_s 20.*wanted is 45"):
+    with pytest.raises(UserError, match=r"made with reward\.horizon_s 20.*wanted is 45"):
         adopt_dataset(dataset, tmp_path / "mine", data_config.model_copy(update={"reward": reward}))
+
+
+@pytest.mark.parametrize(
+    ("update", "complaint"),
+    [
+        ({"decision_format": "extend"}, "decision_format phase, wanted is extend"),
+        ({"model": {"instructions": True}}, "model.instructions False, wanted is True"),
+        ({"prepare": {"lookahead_temperature_veh_s": 1.0}}, "lookahead_temperature_veh_s 6.0"),
+    ],
+    ids=["format", "instructions", "temperature"],
+)
+def test_a_dataset_that_does_not_fit_is_refused(dataset, data_config, tmp_path, update, complaint):
+    content = data_config.model_dump()
+    for key, value in update.items():
+        content[key] = {**content[key], **value} if isinstance(value, dict) else value
+    with pytest.raises(UserError, match=complaint):
+        adopt_dataset(dataset, tmp_path / "mine", Config.model_validate(content))
+    assert not (tmp_path / "mine").exists()
+
+
+def test_nobody_is_judged_on_what_the_rows_are_about(dataset, data_config, tmp_path):
+    name = next(iter(read_manifest(dataset).scenarios))
+    scenarios = data_config.scenarios.model_copy(update={"held_out": (name,)})
+    config = data_config.model_copy(update={"scenarios": scenarios})
+    with pytest.raises(UserError, match=f"rows of {name}, on which models are chosen"):
+        adopt_dataset(dataset, tmp_path / "mine", config)
+
+
+def test_lessons_that_are_not_there_are_named(dataset, data_config, tmp_path):
+    manifest = json.loads((dataset / MANIFEST_FILE).read_text())
+    del manifest["files"]["sft_lookahead.jsonl"]
+    (dataset / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="no lessons of lookahead"):
+        adopt_dataset(dataset, tmp_path / "mine", data_config)
+
+
+@pytest.mark.parametrize("name", ["grpo.json", "sft_lookahead.json", "eval_lookahead.jsonl"])
+def test_every_file_counts(dataset, name):
+    file = dataset / name
+    file.write_text(file.read_text().replace("generated", "invented", 1))
+    with pytest.raises(UserError, match=f"{name} is not what was written"):
+        read_everything(dataset)
+
+
+def test_a_row_without_one_of_its_answers_is_named(dataset):
+    row = json.loads((dataset / GRPO_FILE).read_text().splitlines()[2])
+    change_row(dataset, GRPO_FILE, 3, candidates=row["candidates"][1:])
+    with pytest.raises(UserError, match=r"row 3: expected .* legal answers"):
+        read_states(dataset)
+
+
+def test_a_row_about_a_junction_that_nobody_knows_is_named(dataset):
+    change_row(dataset, GRPO_FILE, 2, junction="nowhere")
+    with pytest.raises(UserError, match=r"row 2: junctions\.json knows no junction nowhere"):
+        read_states(dataset)
+
+
+def test_text_in_the_place_of_a_number_is_named(dataset):
+    change_row(dataset, GRPO_FILE, 1, seed="7")
+    with pytest.raises(UserError, match="row 1: seed"):
+        read_states(dataset)
+
+
+def test_bytes_that_are_no_text_are_named(dataset):
+    (dataset / GRPO_FILE).write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match=f"{GRPO_FILE} is not readable"):
+        read_states(dataset)
+
+
+def test_junctions_that_are_none_are_named(dataset):
+    (dataset / "junctions.json").write_text("[]")
+    vouch(dataset / "junctions.json")
+    with pytest.raises(UserError, match="does not hold junctions"):
+        read_states(dataset)
+
+
+def test_a_run_folder_is_not_taken_for_a_dataset(tmp_path):
+    (tmp_path / MANIFEST_FILE).write_text('{"starts": []}')
+    with pytest.raises(UserError, match="a dataset is the folder data of a run"):
+        read_states(tmp_path)

@@ -106,11 +106,13 @@ def test_the_order_of_the_rows_does_not_matter(states):
         assert one.states() == other.states()
 
 
-def test_every_instant_comes_before_any_comes_again(states):
-    pool = LookupPool(states, seed=5, num_worlds=1)
-    ids = [pool.states()[0].observation.time_s for _ in range(2 * len(states))]
-    assert sorted(ids[: len(states)]) == sorted(ids[len(states) :])
-    assert ids[: len(states)] != ids[len(states) :]
+@pytest.mark.parametrize("num_worlds", [1, 3, 11])
+def test_every_instant_comes_before_any_comes_again(states, num_worlds):
+    pool = LookupPool(states, seed=5, num_worlds=num_worlds)
+    ids = [state_id(seen) for _ in range(2 * len(states)) for seen in pool.states()]
+    every, num = {state.id for state in states}, len(states)
+    assert set(ids[:num]) == set(ids[num : 2 * num]) == every
+    assert ids[:num] != ids[num : 2 * num]
 
 
 def test_outcomes_belong_to_the_instant_that_was_asked_about(states):

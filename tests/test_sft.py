@@ -9,8 +9,9 @@ from lesson_case import answer, write_rows
 
 from envs.errors import UserError
 from rl_ft.config import Config
-from rl_ft.dataset import SftRow, read_lessons
+from rl_ft.dataset import read_lessons
 from rl_ft.render import Renderer
+from rl_ft.rows import SftRow
 from rl_ft.run_folder import RunFolder
 from rl_ft.sft import (
     IGNORED,
