@@ -242,7 +242,7 @@ def _draw_bearings(rng: random.Random) -> list[float]:
 def _draw_arterial(rng: random.Random) -> tuple[Crossing, Crossing]:
     """Two crossings whose arms 0 meet; each has two or three further arms."""
     direction = rng.uniform(0.0, 360.0)
-    length_m = rng.uniform(90.0, 320.0)
+    length_m = rng.uniform(140.0, 320.0)
     lanes = rng.choice((2, 2, 3))
     turnarounds = rng.random() < 0.3
     crossings = []

@@ -26,11 +26,6 @@ from envs.types import QUICK_TIMING, Scenario, SignalTiming
 
 DELAY_BOUNDS_S = (12.0, 42.0)
 """Mean delay that a generated city may have when its signals are actuated."""
-CROWDED_EVERY = (8, 12)
-"""Seeds divisible by one of these have more traffic than their signals can serve at the peak."""
-CROWDED_DELAY_BOUNDS_S = (45.0, 120.0)
-CROWDED_LOAD = 1.5
-"""Factor on the load that is tried first."""
 MAX_TRIES = 4
 SHORT_EXIT_M = 90.0
 """A way out shorter than this goes on with a second edge, if the approach beside it has one."""
@@ -122,11 +117,7 @@ def _build(city: City, folder: Path) -> None:
     net, routes = folder / NET_NAME, folder / ROUTES_NAME
     _build_network(city, net)
     critical_vph = plan_signals(city, net)
-    scale = city.load * SATURATION_VPH / critical_vph
-    if any(city.seed % every == 0 for every in CROWDED_EVERY):
-        _build_demand(city, net, routes, scale * CROWDED_LOAD, CROWDED_DELAY_BOUNDS_S)
-    else:
-        _build_demand(city, net, routes, scale, DELAY_BOUNDS_S)
+    _build_demand(city, net, routes, city.load * SATURATION_VPH / critical_vph)
     if city.own_greens != "none":
         add_own_greens(city, net)
 
@@ -250,14 +241,12 @@ def _add_connections(city: City, connections: ET.Element, c: int, crossing: Cros
 # Demand
 
 
-def _build_demand(
-    city: City, net: Path, routes: Path, scale: float, bounds_s: tuple[float, float]
-) -> None:
+def _build_demand(city: City, net: Path, routes: Path, scale: float) -> None:
     """Write the drawn demand, scaled where the delay of an actuated plan is out of bounds.
 
     Of at most `MAX_TRIES` the one nearest to the bounds stays.
     """
-    low_s, high_s = bounds_s
+    low_s, high_s = DELAY_BOUNDS_S
     low, high = 0.0, math.inf
     tried: list[tuple[float, float]] = []
     while len(tried) < MAX_TRIES:

@@ -89,13 +89,13 @@ class PrepareConfig(Section):
 
     dataset: str | None = None
     """A folder with a dataset, as a run's `data/`: used as it is, nothing is collected."""
-    num_states: int = Field(2000, gt=0)
+    num_states: int = Field(1600, gt=0)
     num_lesson_states: int | None = Field(None, gt=0)
     """How many of them become lessons of the supervised start; None: all."""
     num_eval_states: int = Field(200, ge=0)
     teachers: tuple[Teacher, ...] = ("max_pressure",)
     """One supervised start each, and each is reinforced by itself."""
-    tellings: int = Field(6, gt=0)
+    tellings: int = Field(12, gt=0)
     """Training rows per state, each with the phases in another order and under other names."""
     lookahead_temperature_veh_s: float = Field(6.0, gt=0)
     """Lookahead's lessons are drawn from softmax(-cost / temperature)."""
@@ -278,7 +278,7 @@ class CheckConfig(Section):
     More episodes tell smaller differences apart and cost more; a gridlock is worse than any delay.
     """
 
-    every_steps: int = Field(50, ge=0)
+    every_steps: int = Field(60, ge=0)
     """Steps from one check to the next, the start being the first; 0: no checks."""
     scenarios: tuple[str, ...] = Field(("generated:901-903", "generated:908"), min_length=1)
     """None of those that the run is judged on: these choose the model."""
