@@ -22,7 +22,7 @@ from pathlib import Path
 from envs.city import HOUR_S, SLICE_S, City, Crossing, Stream, draw_city, streams
 from envs.errors import UserError
 from envs.program import SATURATION_VPH, add_own_greens, plan_signals, write_actuated
-from envs.types import QUICK_TIMING, Scenario, SignalTiming
+from envs.types import Scenario
 
 DELAY_BOUNDS_S = (12.0, 42.0)
 """Mean delay that a generated city may have when its signals are actuated."""
@@ -33,9 +33,6 @@ SIDE_ROAD_M, SIDE_ROAD_MPS = 80.0, 8.33
 MIN_PROBABILITY = 2e-5
 """Flows of fewer vehicles a second are left out."""
 TOOL_TIMEOUT_S = 120.0
-
-QUICK_EVERY = 4
-"""Seeds divisible by this decide every 5 s instead of every 10."""
 
 NET_NAME = "city.net.xml"
 ROUTES_NAME = "city.rou.xml"
@@ -83,7 +80,6 @@ def _scenario(seed: int, home: Path) -> Scenario:
         route_files=(str(home / ROUTES_NAME),),
         begin_s=0.0,
         end_s=float(HOUR_S),
-        timing=SignalTiming() if seed % QUICK_EVERY else QUICK_TIMING,
     )
 
 

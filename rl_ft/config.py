@@ -280,7 +280,7 @@ class CheckConfig(Section):
 
     every_steps: int = Field(60, ge=0)
     """Steps from one check to the next, the start being the first; 0: no checks."""
-    scenarios: tuple[str, ...] = Field(("generated:901-903", "generated:908"), min_length=1)
+    scenarios: tuple[str, ...] = Field(("generated:901-904",), min_length=1)
     """None of those that the run is judged on: these choose the model."""
     seeds: int = Field(1, gt=0)
     """Simulation seeds 1..n on each, the same in every check."""

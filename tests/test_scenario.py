@@ -145,12 +145,6 @@ def test_a_side_road_takes_vehicles_away_before_the_signal(tmp_path):
         assert edges[-2] == f"in{arm}_1"
 
 
-def test_every_fourth_city_decides_twice_as_often(cities):
-    rhythms = {seed: city.timing.decision_interval_s for seed, city in cities.items()}
-    assert rhythms == {seed: 10 if seed % 4 else 5 for seed in SEEDS}
-    assert set(rhythms.values()) == {5, 10}
-
-
 def test_no_green_turns_red_without_yellow(cities):
     for city in cities.values():
         for states in programs(city.net_file):
