@@ -203,7 +203,7 @@ class RolloutConfig(Section):
 class GrpoConfig(Section):
     """The objective; names and meaning are TRL's `GRPOConfig`."""
 
-    max_steps: int = Field(250, gt=0)
+    max_steps: int = Field(300, gt=0)
     num_generations: int = Field(8, gt=1)
     max_completion_length: int = Field(16, gt=0)
     temperature: float = Field(1.0, gt=0)
@@ -286,8 +286,9 @@ class CheckConfig(Section):
     """Simulation seeds 1..n on each, the same in every check."""
     episode_s: float = Field(3600.0, gt=0)
     """Traffic per episode; a scenario that is shorter is played to its end."""
-    min_improvement_s: float = Field(0.1, ge=0)
-    """Less delay by no more than this counts as equally good."""
+    min_improvement_s: float = Field(1.0, ge=0)
+    """Less delay by no more than this counts as equally good: of two versions the earlier stays the
+    best, of the best and the mean the mean is left. Four episodes tell less from chance."""
     patience: int = Field(0, ge=0)
     """Checks without an improvement after which training ends; 0: it goes on to the last step."""
     num_worlds: int = Field(8, gt=0)
