@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Protocol, get_args
+from typing import get_args
 
 from envs.types import Action, Decision, DecisionFormat, ParseFailure
 
@@ -37,7 +38,7 @@ class Parsed:
     strict: bool
 
 
-class Format(Protocol):
+class Format(ABC):
     """One way to ask for a decision."""
 
     asks: str
@@ -45,39 +46,30 @@ class Format(Protocol):
 
     def offered(self, decision: Decision) -> Decision:
         """The decision with what may be chosen in this format alone."""
-        ...
+        return decision
 
+    @abstractmethod
     def options(self, decision: Decision) -> dict[Said, Action]:
         """Every legal action by what is said for it."""
-        ...
 
     def act(self, decision: Decision, phase: int) -> Action:
         """What a controller that only chooses a phase does here."""
-        ...
+        return Action(phase=phase)
 
 
-class _Phase:
+class _Phase(Format):
     asks = 'Choose the next phase. Answer with JSON only, like {"phase": "A"}.'
-
-    def offered(self, decision: Decision) -> Decision:
-        return decision
 
     def options(self, decision: Decision) -> dict[Said, Action]:
         phases = decision.junction.phases
         return {(("phase", phases[i].name),): Action(phase=i) for i in decision.legal}
 
-    def act(self, decision: Decision, phase: int) -> Action:
-        return Action(phase=phase)
 
-
-class _PhaseDuration:
+class _PhaseDuration(Format):
     asks = (
         "Choose the next phase and for how many seconds it is settled. Answer with JSON only, like "
         '{"phase": "A", "duration": 20}.'
     )
-
-    def offered(self, decision: Decision) -> Decision:
-        return decision
 
     def options(self, decision: Decision) -> dict[Said, Action]:
         phases = decision.junction.phases
@@ -98,7 +90,7 @@ class _PhaseDuration:
         return Action(phase=phase, hold_s=hold_s)
 
 
-class _Extend:
+class _Extend(Format):
     asks = 'Shall the running green go on? Answer with JSON only, like {"extend": "yes"}.'
 
     def offered(self, decision: Decision) -> Decision:
@@ -114,9 +106,6 @@ class _Extend:
         return {
             (("extend", "yes" if i == current else "no"),): Action(phase=i) for i in decision.legal
         }
-
-    def act(self, decision: Decision, phase: int) -> Action:
-        return Action(phase=phase)
 
 
 FORMATS: dict[DecisionFormat, Format] = {
@@ -145,6 +134,12 @@ def options(decision: Decision) -> tuple[Action, ...]:
 def act(decision: Decision, phase: int) -> Action:
     """What a controller that chose this phase does, in the decision's format."""
     return FORMATS[decision.format].act(decision, phase)
+
+
+def answer_texts(decision: Decision) -> dict[Action, str]:
+    """Everything that may be answered, in order, with the completion that names it."""
+    every = FORMATS[decision.format].options(decision)
+    return {action: json.dumps(dict(said)) for said, action in every.items()}
 
 
 def answer_text(decision: Decision, action: Action) -> str:

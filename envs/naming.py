@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from envs.types import Decision
+from envs.types import Action, Decision
 
 LETTERS = "ABCDEFGHJKLMNOPQRSTUVWXYZ"
 """Without I, which is a word."""
@@ -35,6 +35,16 @@ def retold(decision: Decision, rng: random.Random) -> tuple[Decision, tuple[int,
     order = rng.sample(range(num), num)
     names = [phase_name(i) for i in range(max(num, NUM_DRAWN_NAMES))]
     return renamed(decision, order, rng.sample(names, num)), tuple(order)
+
+
+def as_told(action: Action, order: Sequence[int]) -> Action:
+    """An action in the world by its place in a telling, where place i holds phase order[i]."""
+    return replace(action, phase=order.index(action.phase))
+
+
+def in_world(action: Action, order: Sequence[int]) -> Action:
+    """The inverse of `as_told`."""
+    return replace(action, phase=order[action.phase])
 
 
 def renamed(decision: Decision, order: Sequence[int], names: Sequence[str]) -> Decision:

@@ -19,7 +19,7 @@ from pathlib import Path
 from envs.errors import UserError
 from envs.generator import generate
 from envs.scenario_check import check_scenario, departure_window, parse_seconds
-from envs.types import QUICK_TIMING, Scenario, SignalTiming
+from envs.types import Scenario, SignalTiming
 
 MAX_SEED = 2**31 - 1
 MAX_RANGE = 10_000
@@ -37,7 +37,10 @@ RESCO_WINDOWS_S: dict[str, tuple[float, float]] = {
 """The hour that RESCO simulates of each map. The copies of ingolstadt7 and ingolstadt21 in sumo-rl
 lack one green phase of the originals."""
 
-RESCO_TIMINGS = {"arterial4x4": QUICK_TIMING}
+RESCO_TIMINGS = {
+    # A switch there leaves 3 s of the 5 s interval green.
+    "arterial4x4": SignalTiming(decision_interval_s=5, yellow_s=2, min_green_s=3),
+}
 
 _RANGE = re.compile(r"generated:(\d+)-(\d+)")
 _REPEATED = re.compile(r"(.+)\*([1-9]\d{0,3})")

@@ -108,7 +108,8 @@ class Simulation:
         observation = self._observe(spec)
         legal = signals.legal_phases(spec, observation, self.scenario.timing)
         # What was settled gives way to maximum green and to the rule against starvation.
-        if self._is_held(spec.tls_id) and observation.current in legal:
+        held = self.time_s < self._held_until_s[spec.tls_id]
+        if held and observation.current in legal:
             legal = (observation.current,)
         return Decision(
             scenario=self.scenario.name,
@@ -173,9 +174,6 @@ class Simulation:
             self._current[spec.tls_id] = actions[spec.tls_id].phase
             self._green_since[spec.tls_id] = start + timing.yellow_s + timing.all_red_s
         self._decisions = None
-
-    def _is_held(self, tls_id: str) -> bool:
-        return self.time_s < self._held_until_s[tls_id]
 
     def _require_legal(self, actions: JointAction) -> None:
         legal = {d.junction.tls_id: d.legal for d in self.decisions()}

@@ -34,10 +34,6 @@ class SignalTiming:
     phases that serve it the only legal ones. 0 turns the rule off."""
 
 
-QUICK_TIMING = SignalTiming(decision_interval_s=5, yellow_s=2, min_green_s=3)
-"""RESCO's on arterial4x4: a switch leaves 3 s of the interval green."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
     """One network with its demand and time window; the seed of a simulation is not part of it.

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from envs import dialect
-from envs.answers import Parsed, act, answer_text, options, parse
+from envs.answers import Parsed, act, answer_texts, options, parse
 from envs.controllers import max_pressure
-from envs.naming import retold
+from envs.naming import as_told, in_world, retold
 from envs.types import Action, Decision, ParseFailure
 from rl_ft.config import Config
 from rl_ft.types import Completion
@@ -62,13 +62,12 @@ class Telling:
 
     def in_world(self, action: Action) -> Action:
         """An action of this telling as the world knows it."""
-        return replace(action, phase=self.order[action.phase])
+        return in_world(action, self.order)
 
     def as_told(self, tried: Tried) -> Tried:
         """What was tried in the world, by the places of this telling."""
         outcomes = {
-            replace(action, phase=self.order.index(action.phase)): outcome
-            for action, outcome in tried.outcomes.items()
+            as_told(action, self.order): outcome for action, outcome in tried.outcomes.items()
         }
         return replace(tried, outcomes=outcomes)
 
@@ -167,5 +166,4 @@ async def ask(
 
 
 def _spelled(decision: Decision, render: Render) -> tuple[tuple[int, ...], ...]:
-    texts = (answer_text(decision, action) for action in options(decision))
-    return tuple(render.answer_ids(text) for text in texts)
+    return tuple(render.answer_ids(text) for text in answer_texts(decision).values())

@@ -3,8 +3,8 @@
 A folder holds `grpo.jsonl` (a row per decision state: prompt, every legal answer with its measured
 outcome, and the way back to the instant), `sft_<teacher>.jsonl` (chats that end with the teacher's
 answer), `eval_<teacher>.jsonl` (the same of states that nobody trains on), `junctions.json` and
-`manifest.json`. Each JSONL file but the last has a twin that is one JSON array. A folder appears
-whole or not at all, and whoever reads it hears of the first file and row that is not as written.
+`manifest.json`. The first two have twins that are one JSON array each. A folder appears whole or
+not at all, and whoever reads it hears of the first file and row that is not as written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from envs import dialect
-from envs.answers import act, answer_text, options
+from envs.answers import act, answer_texts, options
 from envs.controllers import max_pressure
 from envs.errors import UserError
 from envs.scenario import content_hash, expand, load_scenario
@@ -28,6 +28,7 @@ from envs.types import Decision, DecisionFormat
 from rl_ft.config import Config
 from rl_ft.lessons import lessons
 from rl_ft.rows import Candidate, FileEntry, GrpoRow, Manifest, Place, Record, Settings, SftRow
+from rl_ft.run_folder import replace_folder
 from rl_ft.states import DecisionState
 
 SCHEMA_VERSION = 1
@@ -82,7 +83,7 @@ def write_dataset(
         files=files,
     )
     (aside / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
-    _put_in_place(aside, directory)
+    replace_folder(aside, directory)
 
 
 def adopt_dataset(source: Path, directory: Path, config: Config) -> Manifest:
@@ -112,27 +113,28 @@ def adopt_dataset(source: Path, directory: Path, config: Config) -> Manifest:
             f"the dataset in {source} has rows of {', '.join(shared)}, on which models are chosen "
             "or judged: set scenarios.held_out or check.scenarios to others"
         )
-    read_everything(source)
+    read_everything(source, manifest)
     aside = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for name in (*manifest.files, MANIFEST_FILE):
         shutil.copyfile(source / name, aside / name)
-    _put_in_place(aside, directory)
+    replace_folder(aside, directory)
     return manifest
 
 
-def read_everything(directory: Path) -> list[DecisionState]:
+def read_everything(directory: Path, manifest: Manifest) -> list[DecisionState]:
     """The decision states, once every file of the dataset has been read and is as it was written.
 
     Raises:
         UserError: the first thing that is not, by file and row.
     """
-    manifest = read_manifest(directory)
-    states = read_states(directory)
+    states = _read_states(directory, manifest)
     for name in manifest.files:
-        if name.startswith(("sft_", "eval_")) and name.endswith(".jsonl"):
-            read_lessons(directory / name)
+        if name in (GRPO_FILE, JUNCTIONS_FILE):
+            continue
+        if name.endswith(".jsonl"):
+            _read(directory / name, SftRow, manifest)
         else:
             check_file(directory / name, manifest)
     return states
@@ -172,7 +174,10 @@ def read_states(directory: Path) -> list[DecisionState]:
     Raises:
         UserError: the first thing that is not as it was written, by file and row.
     """
-    manifest = read_manifest(directory)
+    return _read_states(directory, read_manifest(directory))
+
+
+def _read_states(directory: Path, manifest: Manifest) -> list[DecisionState]:
     file = directory / GRPO_FILE
     rows = _read(file, GrpoRow, manifest)
     if not rows:
@@ -242,18 +247,9 @@ def _settings(config: Config) -> Settings:
     )
 
 
-def _put_in_place(aside: Path, directory: Path) -> None:
-    """The finished folder under its name; what was there goes only once it has made way."""
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    aside.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _grpo_line(state: DecisionState, config: Config) -> str:
     decision = state.decision
+    texts = answer_texts(decision)
     row = GrpoRow(
         id=state.id,
         scenario=decision.scenario,
@@ -264,10 +260,10 @@ def _grpo_line(state: DecisionState, config: Config) -> str:
         prompt=tuple(dialect.messages(decision, instructions=config.model.instructions)),
         legal=decision.legal,
         candidates=tuple(
-            Candidate(answer=answer_text(decision, action), action=action, outcome=outcome)
+            Candidate(answer=texts[action], action=action, outcome=outcome)
             for action, outcome in state.outcomes.items()
         ),
-        max_pressure=answer_text(decision, act(decision, max_pressure(decision).phase)),
+        max_pressure=texts[act(decision, max_pressure(decision).phase)],
         observation=decision.observation,
     )
     return row.model_dump_json()

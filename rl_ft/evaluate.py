@@ -137,7 +137,8 @@ def evaluate(
     if models:
         with _sampler(config, models) as ask_as:
             for name, path in models.items():
-                play(name, ask_as(path), asked_as_taught(path, config))
+                own = asked_as_taught(path, config)
+                play(name, ask_as(path, own), own)
     rows = sorted(
         (_row(episode, splits) for episode in episodes),
         key=lambda row: (row["policy"], row["scenario"], row["seed"]),
@@ -154,7 +155,7 @@ def evaluate(
 
 
 @contextmanager
-def _sampler(config: Config, models: dict[str, Path]) -> Iterator[Callable[[Path], Ask]]:
+def _sampler(config: Config, models: dict[str, Path]) -> Iterator[Callable[[Path, Config], Ask]]:
     """One vLLM engine for models of one architecture; greedy, rendered as in training."""
     renderers = {
         path: Renderer(str(path), max_prompt_length=config.model.max_prompt_length)
@@ -175,10 +176,10 @@ def _sampler(config: Config, models: dict[str, Path]) -> Iterator[Callable[[Path
                 engines[architecture] = start_generator(config, str(path), num_gpus=gpu_share(1))
             return engines[architecture]
 
-        def ask_as(path: Path) -> Ask:
+        def ask_as(path: Path, own: Config) -> Ask:
             generator = engine_for(path)
             ray.get(generator.load_folder.remote(str(path)))
-            return RemoteAsk(generator, renderers[path], asked_as_taught(path, config))
+            return RemoteAsk(generator, renderers[path], own)
 
         try:
             yield ask_as

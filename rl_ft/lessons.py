@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 from typing import Any
 
 from envs import dialect
-from envs.answers import act, answer_text, options
+from envs.answers import act, answer_texts
 from envs.controllers import CONTROLLERS
-from envs.naming import retold
+from envs.naming import as_told, in_world, retold
 from envs.types import Action
 from rl_ft.config import Config, Teacher
 from rl_ft.states import DecisionState, reward_weights
@@ -42,25 +41,21 @@ def lessons(
     rows = []
     for _ in range(num):
         told, order = retold(state.decision, tellings)
-        answers = {
-            action: answer_text(told, replace(action, phase=order.index(action.phase)))
-            for action in costs
-        }
         if teacher != "lookahead":
             action = act(state.decision, CONTROLLERS[teacher](state.decision).phase)
         elif soften:
             action = draw_cheap(costs, config.prepare.lookahead_temperature_veh_s, choices)
         else:
             action = min(costs, key=costs.__getitem__)
+        texts = answer_texts(told)
         chat = dialect.messages(told, instructions=config.model.instructions)
-        legal = [answer_text(told, option) for option in options(told)]
-        by_answer = {answer: costs[action] for action, answer in answers.items()}
+        answer = {"role": "assistant", "content": texts[as_told(action, order)]}
         rows.append(
             {
                 "id": state.id,
-                "messages": [*chat, {"role": "assistant", "content": answers[action]}],
-                "legal_answers": legal,
-                "cost_veh_s": {answer: by_answer[answer] for answer in legal},
+                "messages": [*chat, answer],
+                "legal_answers": list(texts.values()),
+                "cost_veh_s": {text: costs[in_world(a, order)] for a, text in texts.items()},
             }
         )
     return rows

@@ -41,10 +41,6 @@ class LookupPool:
             for state, order in zip(self._asked, orders, strict=True)
         ]
 
-    def pids(self) -> list[int]:
-        """No process."""
-        return []
-
     def close(self) -> None:
         """Nothing to end."""
 

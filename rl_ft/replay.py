@@ -38,7 +38,7 @@ def check_dataset(directory: Path, *, num_rows: int, seed: int) -> list[Replayed
             sampled row has changed.
     """
     manifest = read_manifest(directory)
-    states = read_everything(directory)
+    states = read_everything(directory, manifest)
     _require_sumo(directory, manifest)
     chosen = sorted(random.Random(seed).sample(range(len(states)), min(num_rows, len(states))))
     for name in dict.fromkeys(states[i].decision.scenario for i in chosen):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -193,6 +194,16 @@ def write_atomically(file: Path, text: str) -> None:
         out.flush()
         os.fsync(out.fileno())
     partial.replace(file)
+
+
+def replace_folder(finished: Path, folder: Path) -> None:
+    """Give a finished folder its name; what had it goes only once the new one is there."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    finished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def versions() -> dict[str, str]:

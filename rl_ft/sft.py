@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from rl_ft.progress import Progress
 from rl_ft.question import write_question
 from rl_ft.render import Renderer
 from rl_ft.rows import SftRow
-from rl_ft.run_folder import RunFolder
+from rl_ft.run_folder import RunFolder, replace_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -158,8 +157,7 @@ def fit_teacher(config: Config, job: TeacherJob, *, on_metrics: OnMetrics) -> di
     tokenizer.save_pretrained(work_dir)
     write_question(work_dir, config)
     (work_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(job.out_dir, ignore_errors=True)
-    os.replace(work_dir, job.out_dir)
+    replace_folder(work_dir, Path(job.out_dir))
     return summary
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from envs.errors import UserError
+from rl_ft.run_folder import replace_folder
 from rl_ft.types import WeightsRef
 
 if TYPE_CHECKING:
@@ -91,8 +92,7 @@ def save_folder(state_dict: Mapping[str, Tensor], like: str | Path, directory: s
         if not (tied and name == HEAD)
     }
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    shutil.rmtree(target, ignore_errors=True)
-    partial.replace(target)
+    replace_folder(partial, target)
 
 
 def read_folder(model_path: str | Path) -> dict[str, Tensor]:

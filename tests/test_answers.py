@@ -15,8 +15,8 @@ from envs.controllers import max_pressure
 from envs.dialect import messages, observation_text
 from envs.errors import UserError
 from envs.naming import retold
-from envs.scenario import load_scenario
-from envs.types import QUICK_TIMING, Action, ParseFailure
+from envs.scenario import RESCO_TIMINGS, load_scenario
+from envs.types import Action, ParseFailure
 from envs.world import World
 
 NAMES = [phase.name for phase in JUNCTION.phases]
@@ -134,7 +134,7 @@ def test_extend_is_yes_or_no(completion, reason):
 def test_durations_are_whole_decision_intervals():
     question = offered(decision(observation(), (1,)), "phase_duration")
     assert options(question) == tuple(Action(phase=1, hold_s=s) for s in (10, 20, 30, 40))
-    quick = replace(question, timing=QUICK_TIMING)
+    quick = replace(question, timing=RESCO_TIMINGS["arterial4x4"])
     assert [action.hold_s for action in options(quick)] == [5, 10, 15, 20]
 
 

@@ -62,6 +62,15 @@ def test_lessons_are_read_as_they_were_written(written, states, data_config):
         ]
 
 
+def test_lessons_may_be_about_fewer_states_than_the_rows(states, data_config, tmp_path):
+    few = data_config.prepare.model_copy(update={"num_lesson_states": 2})
+    config = data_config.model_copy(update={"prepare": few})
+    write_dataset(tmp_path / "data", states, few.num_eval_states, config)
+    taught = {row.id for row in read_lessons(tmp_path / "data" / "sft_max_pressure.jsonl")}
+    assert taught == {state.id for state in read_states(tmp_path / "data")[:2]}
+    assert len(read_states(tmp_path / "data")) == few.num_states
+
+
 def test_nobody_trains_on_the_states_that_are_held_back(written, data_config):
     trained = {row.id for row in read_lessons(written / "sft_max_pressure.jsonl")}
     judged = {row.id for row in read_lessons(written / "eval_max_pressure.jsonl")}
@@ -211,7 +220,7 @@ def test_every_file_counts(dataset, name):
     file = dataset / name
     file.write_text(file.read_text().replace("generated", "invented", 1))
     with pytest.raises(UserError, match=f"{name} is not what was written"):
-        read_everything(dataset)
+        read_everything(dataset, read_manifest(dataset))
 
 
 def test_a_row_without_one_of_its_answers_is_named(dataset):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from envs import dialect
 from envs.dialect import messages, observation_text, round_s
-from envs.scenario import load_scenario
-from envs.types import QUICK_TIMING, SignalTiming
+from envs.scenario import RESCO_TIMINGS, load_scenario
+from envs.types import SignalTiming
 from envs.world import World
 
 NAMES = [phase.name for phase in JUNCTION.phases]
@@ -58,7 +58,9 @@ def test_the_text_of_a_decision_is_exactly_this():
     )
 
 
-@pytest.mark.parametrize(("timing", "word"), [(SignalTiming(), "t10"), (QUICK_TIMING, "t5")])
+@pytest.mark.parametrize(
+    ("timing", "word"), [(SignalTiming(), "t10"), (RESCO_TIMINGS["arterial4x4"], "t5")]
+)
 def test_the_running_green_says_when_it_is_asked_about_again(timing, word):
     asked = replace(decision(observation(green_s=30)), timing=timing)
     assert f"green g30 {word} " in observation_text(asked)
