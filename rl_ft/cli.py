@@ -196,6 +196,29 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Option(help="Run folder.")],
+    form: Annotated[
+        str, typer.Option("--format", metavar="merged|adapter|gguf", help="Whole model or adapter.")
+    ] = "merged",
+    start: Annotated[str | None, typer.Option(help="Needed where the run has several.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default: export/START-FORMAT in the run.")
+    ] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option(help="Where to compare; default: the first held out.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=0, help="Seeds to compare on; 0: do not drive.")] = 2,
+) -> None:
+    """A trained model as a folder for others, driven beside the run's own."""
+    from rl_ft.export import export_run
+    from rl_ft.monitor import run_log
+
+    with run_log(None):
+        export_run(run, form=form, start=start, out=out, scenarios=scenario or (), seeds=seeds)
+
+
+@app.command()
 def report(
     recipe: Recipe = None,
     overrides: Set = None,

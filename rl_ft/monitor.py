@@ -144,13 +144,14 @@ class LoadSampler:
 
 
 @contextmanager
-def run_log(file: Path, *, console: bool = True) -> Iterator[None]:
-    """Everything logged goes to `file`; what this project says also goes to the terminal."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+def run_log(file: Path | None, *, console: bool = True) -> Iterator[None]:
+    """Everything logged goes to `file`, if any; what this project says also to the terminal."""
     handlers: list[tuple[logging.Logger, logging.Handler]] = []
-    to_file = logging.FileHandler(file, encoding="utf-8")
-    to_file.setFormatter(logging.Formatter(_LOG_FORMAT))
-    handlers.append((logging.getLogger(), to_file))
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file.setFormatter(logging.Formatter(_LOG_FORMAT))
+        handlers.append((logging.getLogger(), to_file))
     if console:
         from rich.logging import RichHandler
 
@@ -166,9 +167,9 @@ def run_log(file: Path, *, console: bool = True) -> Iterator[None]:
     finally:
         for logger, handler in handlers:
             logger.removeHandler(handler)
+            handler.close()
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        to_file.close()
 
 
 def _is_finite(value: float) -> bool:

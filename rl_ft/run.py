@@ -39,7 +39,7 @@ from rl_ft.recall import Recall
 from rl_ft.render import Renderer
 from rl_ft.rollout import Collected, Score, Tally, collect_groups, metrics
 from rl_ft.run_folder import RunFolder
-from rl_ft.snapshots import Snapshots
+from rl_ft.snapshots import Snapshots, is_averaged
 from rl_ft.types import Publication, RolloutGroup, WeightsRef
 from rl_ft.worlds import shares
 
@@ -351,8 +351,7 @@ class GrpoLoop:
             checkpoints = self._folder.path(self._stage, "checkpoints")
             await self._checks.look(version, weights, resumable_from=latest_step(checkpoints))
         is_last = version >= grpo.max_steps or self._checks.on_plateau
-        is_late = version >= round(grpo.average_from * grpo.max_steps)
-        if is_last or (is_late and version % grpo.save_steps == 0):
+        if is_last or is_averaged(version, grpo):
             self.snapshots.add(version, weights())
         if is_last and version < grpo.max_steps:
             log.info("%s: ends at step %d, check.patience is over", self._stage, version)

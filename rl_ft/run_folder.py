@@ -115,15 +115,19 @@ class RunFolder:
 
         Part of a stage may be marked on its own: `grpo/lookahead` counts with `grpo`'s sections.
         """
-        marker = self._marker(stage)
-        if not marker.is_file():
+        if not self.is_marked(stage):
             return False
-        if json.loads(marker.read_text())["config_hash"] != stage_hash(self.config, stage):
+        mark = json.loads(self._marker(stage).read_text())
+        if mark["config_hash"] != stage_hash(self.config, stage):
             raise UserError(
                 f"{stage} in {self.root} was made under another configuration than config.yaml "
                 "there says now; start again with another --out"
             )
         return True
+
+    def is_marked(self, stage: str) -> bool:
+        """The stage was finished, whatever the configuration said then."""
+        return self._marker(stage).is_file()
 
     def mark_done(self, stage: str) -> None:
         """Record that all of the stage's files are on disk."""
@@ -147,7 +151,7 @@ class RunFolder:
 
     def _accept_started(self, path: str | Path, *, resume: bool) -> None:
         if not resume:
-            done = [stage for stage in STAGE_SECTIONS if self._marker(stage).is_file()]
+            done = [stage for stage in STAGE_SECTIONS if self.is_marked(stage)]
             raise UserError(
                 f"--out {path} already holds a run (stages done: {', '.join(done) or 'none'}); "
                 "pass --resume to go on with it, or another --out"

@@ -12,8 +12,16 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rl_ft.config import GrpoConfig
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def is_averaged(version: int, grpo: GrpoConfig) -> bool:
+    """Whether a version is one of those whose mean is left; so is the last, whichever that is."""
+    is_late = version >= round(grpo.average_from * grpo.max_steps)
+    return is_late and version % grpo.save_steps == 0
 
 
 class Snapshots:

@@ -108,6 +108,13 @@ def read_folder(model_path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
+def largest_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Of all numbers of two models with the same tensors; 0.0 if and only if they are equal."""
+    return max(
+        (tensor.double() - other[name].double()).abs().max().item() for name, tensor in one.items()
+    )
+
+
 def checkpoint_shapes(model_path: str | Path) -> dict[str, Shape]:
     """Name and shape of every tensor of a model folder, read from the safetensors headers.
 

@@ -42,6 +42,7 @@ OWNERS = {
     "datasets": {"rl_ft.sft", "rl_ft.trainer"},
     "vllm": {"rl_ft.generation"},
     "torch": {
+        "rl_ft.adapter",
         "rl_ft.tiny",
         "rl_ft.batch",
         "rl_ft.packing",

@@ -40,7 +40,7 @@ def test_help_imports_no_heavy_library():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "LOADED []" in ended.stdout
-    for command in ("run", "prepare", "sft", "grpo", "evaluate", "report", "doctor", "scenarios"):
+    for command in ("run", *pipeline.STAGES, "export", "doctor", "scenarios"):
         assert command in ended.stdout
 
 
@@ -75,6 +75,8 @@ def test_bad_input_is_one_sentence_and_status_2():
         (["evaluate", "--controller", "maxpressure"], "did you mean max_pressure"),
         (["evaluate", "--controller", "fixed", "--out", "file"], "is a file"),
         (["evaluate", "--controller", "fixed", "--out", "judged"], "already holds results"),
+        (["export", "--run", "other"], "other is not the folder of a run"),
+        (["export", "--run", "other", "--format", "merge"], "did you mean merged"),
         (["scenarios", "resco:nowhere"], "RESCO has the maps"),
         (["scenarios", "missing.sumocfg"], "missing.sumocfg"),
         (["recipes", "nothing"], "is neither a file nor one of"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rl_ft.snapshots import Snapshots
+from rl_ft.config import GrpoConfig
+from rl_ft.snapshots import Snapshots, is_averaged
 
 
 @pytest.fixture
@@ -65,3 +66,8 @@ def test_nothing_has_no_mean(kept):
     kept.clear()
     with pytest.raises(ValueError, match="no weights were kept"):
         kept.mean()
+
+
+def test_the_versions_at_every_checkpoint_of_the_last_part_are_averaged():
+    grpo = GrpoConfig(max_steps=45, save_steps=10, average_from=0.4)
+    assert [v for v in range(46) if is_averaged(v, grpo)] == [20, 30, 40]

@@ -268,6 +268,15 @@ def test_controllers_alone_are_compared_with_paired_seeds(tmp_path):
     assert (found["policy"], found["versus"], found["n"]) == ("max_pressure", "fixed", 2)
 
 
+def test_an_exported_model_drives_exactly_as_the_one_in_the_run(smoke, tmp_path):
+    done = rl_ft("export", "--run", smoke[0], "--seeds", "1", "--out", tmp_path / "policy")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "policy" / "export.json").read_text())["comparison"]
+    assert [row["mean_difference_s"] for row in found["differences"]] == [0.0]
+    assert found["equal_episodes"] == 1
+    assert "1 of 1 episodes are the same in every figure" in " ".join(done.stderr.split())
+
+
 def test_a_folder_that_is_no_model_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "notes").mkdir()
     refused = rl_ft(
