@@ -3,11 +3,12 @@
 # of supervised start, ten of GRPO, then what logs and files say. About ten minutes on two cores.
 #
 # Usage: scripts/run_integration_test.sh [options]
-#   --docker         build the image rl-ft:test and run everything in it
+#   --docker         build the image rl-ft:test and run everything in it; BASE_IMAGE names what it
+#                    stands on where no registry is reachable (scripts/make_base_image.sh)
 #   --local          run here, in .venv; the default is --docker if an engine answers
 #   --format NAME    how junctions are asked: phase (default), phase_duration or extend
 #   --skip-prepare   take base model and test data of an earlier run with --keep-output
-#   --keep-output    leave everything in integration/ instead of removing what was made
+#   --keep-output    leave integration/, or the image, instead of removing what was made
 #   --verbose        show what the steps print
 #   --help           this text
 #
@@ -45,9 +46,10 @@ done
 if [[ -z $mode ]]; then
     docker info >/dev/null 2>&1 && mode=docker || mode=local
 fi
-[[ $mode == local || -z $skip_prepare$keep ]] ||
-    wrong "--skip-prepare and --keep-output are for --local: what a container makes goes with it"
+[[ $mode == local || -z $skip_prepare ]] ||
+    wrong "--skip-prepare is for --local: what a container makes goes with it"
 
+image=rl-ft:test
 out=$PWD/integration
 if [[ -n $skip_prepare ]]; then
     [[ -d $out/base/sft && -d $out/testdata/data ]] ||
@@ -57,11 +59,14 @@ elif [[ -e $out ]]; then
 fi
 mkdir -p "$out"
 
-summary=()
+had_image='' summary=()
 finish() {
     local status=$?
     printf '%s\n' "" "integration test ($mode, $format):" "${summary[@]}"
-    if [[ -n $keep ]]; then
+    if [[ $mode == docker && -z $keep$had_image ]]; then
+        docker image rm --force "$image" >/dev/null 2>&1 || true
+    fi
+    if [[ -n $keep && $mode == local ]]; then
         echo "output: $out"
     elif [[ -n $skip_prepare ]]; then
         rm -rf "$out/run" "$out"/step-*.log
@@ -95,11 +100,12 @@ step() { # step NAME COMMAND...: numbered, timed, logged; ends the test if it fa
 
 if [[ $mode == docker ]]; then
     total=2
+    had_image=$(docker image ls --quiet "$image")
     options=(--local --format "$format")
     if [[ -n $verbose ]]; then options+=(--verbose); fi
-    step "build the image" env EXTRAS=cpu,resco,dev scripts/build_image.sh rl-ft:test
+    step "build the image" env EXTRAS=cpu,resco,dev scripts/build_image.sh "$image"
     step "run everything in it" docker run --rm --network none --shm-size 2g \
-        --env RLFT_INSTALLED=1 rl-ft:test scripts/run_integration_test.sh "${options[@]}"
+        --env RLFT_INSTALLED=1 "$image" scripts/run_integration_test.sh "${options[@]}"
     cat "$out/step-2.log"
     exit
 fi
