@@ -46,6 +46,11 @@ class Generator:
         self.version = 0
         _set_environment()
         import torch
+
+        cuda = torch.cuda.is_available()
+        if not cuda:
+            # Else vLLM compiles a small function, and ends where there is no C++ compiler.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from vllm import LLM
 
         self._llm = LLM(
@@ -56,7 +61,7 @@ class Generator:
             # Not the model's own top_p and the like: the log-probs feed a ratio.
             generation_config="vllm",
             disable_log_stats=True,
-            **_engine_settings(config, cuda=torch.cuda.is_available()),
+            **_engine_settings(config, cuda=cuda),
         )
 
     def generate(

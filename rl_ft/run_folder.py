@@ -249,10 +249,11 @@ def _provenance() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the source tree, `+changes` if it was edited; None for an installed package."""
+    """Commit of the source tree, `+changes` if it was edited; what a container image says of itself
+    (`RLFT_GIT_COMMIT`); None for an installed package."""
     here = Path(__file__).parent.parent
     if not (here / ".git").exists():
-        return None
+        return os.environ.get("RLFT_GIT_COMMIT")
     try:
         git = ("git", "-C", str(here))
         commit = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, check=True)

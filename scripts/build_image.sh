@@ -75,4 +75,5 @@ for setting in BASE_IMAGE EXTRAS UV_DEFAULT_INDEX PIP_INDEX_URL UV_FIND_LINKS UV
     if [[ -n ${!setting:-} ]]; then arguments+=(--build-arg "$setting"); fi
 done
 commit=$(git describe --always --dirty --abbrev=40 2>/dev/null || true)
-docker build "${arguments[@]}" --label "org.opencontainers.image.revision=$commit" "$@" .
+docker build "${arguments[@]}" --build-arg "REVISION=$commit" \
+    --label "org.opencontainers.image.revision=$commit" "$@" .
