@@ -96,6 +96,17 @@ def test_vehicles_that_wait_within_the_junction_belong_to_the_phases_of_their_wa
     assert all(inside[0] >= inside[1] for inside in seen)
 
 
+def test_a_road_that_joins_beside_a_lane_is_upstream_of_that_lane_too(world):
+    [junction] = world.reset(load_scenario("resco:ingolstadt1"), seed=1)
+    right, left = (
+        next(lane for lane in junction.lanes if lane.approach == "west" and lane.turns == (turn,))
+        for turn in ("right", "left")
+    )
+    # A side street leads into the lane to the right, nine metres before the stop line.
+    assert right.upstream
+    assert left.upstream == right.upstream
+
+
 def test_vehicles_behind_a_turn_off_are_seen_as_upstream(world):
     [junction] = world.reset(load_scenario("resco:ingolstadt1"), seed=1)
     assert all(lane.length_m < 150 for lane in junction.lanes)
