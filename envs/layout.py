@@ -197,17 +197,17 @@ def _reach(
 
 
 def _feeders() -> dict[str, tuple[str, ...]]:
-    """Whoever comes from a road that does not lead into a lane, only into one beside it, gets there
-    by changing lanes."""
+    """Lane -> lanes from which one may get to it. Whoever comes from a road that does not lead into
+    it, only into a lane beside it, gets there by changing lanes."""
     found: dict[str, list[str]] = defaultdict(list)
     into: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for lane, links in _links():
         for link in links:
             found[link[0]].append(lane)
-            into[_edge(link[0])][_edge(lane)].append(lane)
+            into[libsumo.lane.getEdgeID(link[0])][libsumo.lane.getEdgeID(lane)].append(lane)
     for edge, roads in into.items():
         for i in range(libsumo.edge.getLaneNumber(edge)):
-            direct = {_edge(lane) for lane in found[f"{edge}_{i}"]}
+            direct = {libsumo.lane.getEdgeID(lane) for lane in found[f"{edge}_{i}"]}
             for road, lanes in roads.items():
                 if road not in direct:
                     found[f"{edge}_{i}"] += lanes
@@ -222,10 +222,6 @@ def _own_feeders() -> dict[str, tuple[str, ...]]:
         if len({libsumo.lane.getEdgeID(link[0]) for link in links}) == 1:
             found[links[0][0]].append(lane)
     return {lane: tuple(feeders) for lane, feeders in found.items()}
-
-
-def _edge(lane: str) -> str:
-    return lane.rpartition("_")[0]
 
 
 def _links() -> Iterator[tuple[str, list[tuple[str, ...]]]]:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +52,12 @@ Row = TypeVar("Row", bound=Record)
 def write_dataset(
     directory: Path, states: Sequence[DecisionState], num_held_back: int, config: Config
 ) -> None:
-    """Write the folder; the last `num_held_back` states become evaluation rows alone."""
+    """Write the folder; the last `num_held_back` states become evaluation rows alone.
+
+    Raises:
+        UserError: a state has an outcome that is no number; what was in the folder stays.
+    """
+    _require_numbers(states)
     num = len(states) - num_held_back
     train, held_back = states[:num], states[num:]
     aside = directory.with_name(f".{directory.name}.partial")
@@ -86,6 +93,18 @@ def write_dataset(
     replace_folder(aside, directory)
 
 
+def _require_numbers(states: Sequence[DecisionState]) -> None:
+    """Before anything is written: pydantic takes finished dataclasses as they are."""
+    for number, state in enumerate(states, start=1):
+        for action, outcome in state.outcomes.items():
+            values = (value for value in astuple(outcome) if isinstance(value, float))
+            if not all(map(math.isfinite, values)):
+                raise UserError(
+                    f"row {number} for {GRPO_FILE}, {state.id}: the simulation measured no number "
+                    f"for {answer_texts(state.decision)[action]}: {outcome}"
+                )
+
+
 def adopt_dataset(source: Path, directory: Path, config: Config) -> Manifest:
     """Copy a dataset, once every row of it has been read.
 
@@ -102,7 +121,8 @@ def adopt_dataset(source: Path, directory: Path, config: Config) -> Manifest:
                 f"{getattr(wanted, name)}: --set {key}={found}"
             )
     for teacher in config.prepare.teachers:
-        if f"sft_{teacher}.jsonl" not in manifest.files:
+        entry = manifest.files.get(f"sft_{teacher}.jsonl")
+        if entry is None or not entry.rows:
             raise UserError(
                 f"the dataset in {source} has no lessons of {teacher}, it has "
                 f"{_names(manifest)}: --set prepare.teachers=[...]"
@@ -114,6 +134,13 @@ def adopt_dataset(source: Path, directory: Path, config: Config) -> Manifest:
             "or judged: set scenarios.held_out or check.scenarios to others"
         )
     read_everything(source, manifest)
+    for name, hashed in manifest.scenarios.items():
+        # A generated city is what its seed says; `rl-ft data check` looks at those too.
+        if not name.startswith("generated:") and content_hash(load_scenario(name)) != hashed:
+            raise UserError(
+                f"the scenario {name} has changed since its rows in {source / GRPO_FILE} were "
+                "measured: bring its files back, or prepare anew"
+            )
     aside = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """What a run trained, as a folder for others: the whole model, or an adapter of the one before it.
 
 The folder is read again, and what it holds is driven beside the run's own model: `export.json` says
-how far they are apart. A run folder is only read here.
+how far they are apart. Nothing else of a run is written to.
 """
 
 from __future__ import annotations
@@ -189,6 +189,7 @@ def _appearing(target: Path) -> Iterator[Path]:
         raise UserError(f"--out {target} is a file; expected a folder or a new name")
     if target.is_dir() and any(target.iterdir()):
         raise UserError(f"--out {target} is not empty; give another --out")
+    target = target.absolute()
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -268,9 +269,15 @@ def _facts(trained: Trained, form: str) -> dict[str, Any]:
         "start": trained.start,
         "recipe": trained.config.recipe,
         "seed": trained.config.seed,
-        "git_commit": manifest["starts"][-1]["git_commit"],
+        "git_commit": _trained_at(manifest["starts"]),
         "decision_format": trained.config.decision_format,
     }
+
+
+def _trained_at(starts: Sequence[Mapping[str, Any]]) -> str:
+    """Commit of the last command in the run that trained."""
+    commits = [s["git_commit"] for s in starts if s["command"][1:2] in (["run"], ["grpo"])]
+    return (commits or [None])[-1] or "unknown"
 
 
 def _card(trained: Trained, facts: Mapping[str, Any]) -> str:

@@ -253,7 +253,7 @@ def _git_commit() -> str | None:
     (`RLFT_GIT_COMMIT`); None for an installed package."""
     here = Path(__file__).parent.parent
     if not (here / ".git").exists():
-        return os.environ.get("RLFT_GIT_COMMIT")
+        return os.environ.get("RLFT_GIT_COMMIT") or None
     try:
         git = ("git", "-C", str(here))
         commit = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, check=True)

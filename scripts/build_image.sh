@@ -58,7 +58,9 @@ pip_setting() { python3 -m pip config get "global.$1" 2>/dev/null | tr '\n' ' ' 
 links=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-$(pip_setting find-links)}}
 index=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$(pip_setting index-url)}}
 export UV_DEFAULT_INDEX=${index%% } PIP_INDEX_URL=${index%% } UV_FIND_LINKS='' BASE_IMAGE=$base
-rm -rf .site
+[[ ! -e .site ]] ||
+    fail "$PWD/.site is there already: for your own build with it, run docker build; else remove it"
+trap 'rm -rf .site' EXIT
 mkdir -p .site/wheels .site/certs
 for link in ${links//,/ }; do
     if [[ -d $link ]]; then
@@ -74,6 +76,7 @@ arguments=(--file "$file" --tag "$name")
 for setting in BASE_IMAGE EXTRAS UV_DEFAULT_INDEX PIP_INDEX_URL UV_FIND_LINKS UV_TORCH_BACKEND; do
     if [[ -n ${!setting:-} ]]; then arguments+=(--build-arg "$setting"); fi
 done
-commit=$(git describe --always --dirty --abbrev=40 2>/dev/null || true)
+commit=$(git rev-parse HEAD 2>/dev/null || true)
+[[ -z $(git status --porcelain --untracked-files=no 2>/dev/null) ]] || commit+=+changes
 docker build "${arguments[@]}" --build-arg "REVISION=$commit" \
     --label "org.opencontainers.image.revision=$commit" "$@" .

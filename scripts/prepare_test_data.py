@@ -3,7 +3,7 @@
 Writes three files that any trainer reads, and beside them `data/`, which `rl-ft` trains from
 (`--set prepare.dataset=OUT/data`). The same seed gives the same bytes.
 
-    python scripts/prepare_test_data.py [--grpo-rows 50] [--sft-rows 20] [--out DIR]
+    python scripts/prepare_test_data.py [--grpo-rows 50] [--sft-rows 20] [--seed 1] [--out DIR]
 """
 
 from __future__ import annotations

@@ -7,10 +7,14 @@
 #                    stands on where no registry is reachable (scripts/make_base_image.sh)
 #   --local          run here, in .venv; the default is --docker if an engine answers
 #   --format NAME    how junctions are asked: phase (default), phase_duration or extend
-#   --skip-prepare   take base model and test data of an earlier run with --keep-output
-#   --keep-output    leave integration/, or the image, instead of removing what was made
+#   --skip-prepare   take base model and test data of an earlier run with --keep-output; its own
+#                    training there is made anew
+#   --keep-output    leave integration/, and the image, instead of removing what was made
 #   --verbose        show what the steps print
 #   --help           this text
+#
+# RLFT_EXTRAS      what .venv is to have (default: cpu,resco), as in scripts/run.sh
+# RLFT_INSTALLED   take the rl-ft on PATH instead of .venv: so does the image
 #
 # Ends with status 0 if every step passed; the step that fails shows the end of its log.
 set -euo pipefail
@@ -46,15 +50,13 @@ done
 if [[ -z $mode ]]; then
     docker info >/dev/null 2>&1 && mode=docker || mode=local
 fi
-[[ $mode == local || -z $skip_prepare ]] ||
-    wrong "--skip-prepare is for --local: what a container makes goes with it"
 
-image=rl-ft:test
+image=rl-ft:test container=rl-ft-integration-$$
 out=$PWD/integration
 if [[ -n $skip_prepare ]]; then
     [[ -d $out/base/sft && -d $out/testdata/data ]] ||
         wrong "--skip-prepare expects base and testdata in $out, as --keep-output leaves them"
-elif [[ -e $out ]]; then
+elif [[ -d $out && -n $(ls -A "$out") ]]; then
     wrong "$out is there already: go on with its data by --skip-prepare, or remove it"
 fi
 mkdir -p "$out"
@@ -63,13 +65,14 @@ had_image='' summary=()
 finish() {
     local status=$?
     printf '%s\n' "" "integration test ($mode, $format):" "${summary[@]}"
-    if [[ $mode == docker && -z $keep$had_image ]]; then
-        docker image rm --force "$image" >/dev/null 2>&1 || true
+    if [[ $mode == docker ]]; then
+        docker rm --force "$container" >/dev/null 2>&1 || true
+        [[ -n $keep$had_image ]] || docker image rm --force "$image" >/dev/null 2>&1 || true
     fi
-    if [[ -n $keep && $mode == local ]]; then
+    if [[ -n $keep ]]; then
         echo "output: $out"
     elif [[ -n $skip_prepare ]]; then
-        rm -rf "$out/run" "$out"/step-*.log
+        rm -rf "$out/run" "$out"/*.log
     else
         rm -rf "$out"
     fi
@@ -79,10 +82,10 @@ trap finish EXIT
 
 number=0
 step() { # step NAME COMMAND...: numbered, timed, logged; ends the test if it fails
-    local name=$1 log started=$SECONDS failed=''
+    local name=$1 started=$SECONDS failed=''
     shift
     number=$((number + 1))
-    log=$out/step-$number.log
+    log=$out/$mode-$number.log
     echo "[$number/$total] $name"
     if [[ -n $verbose ]]; then
         "$@" 2>&1 | tee "$log" || failed=1
@@ -101,17 +104,22 @@ step() { # step NAME COMMAND...: numbered, timed, logged; ends the test if it fa
 if [[ $mode == docker ]]; then
     total=2
     had_image=$(docker image ls --quiet "$image")
-    options=(--local --format "$format")
+    # Its output lies here, so this script alone says what is kept of it.
+    options=(--local --format "$format" --keep-output)
+    if [[ -n $skip_prepare ]]; then options+=(--skip-prepare); fi
     if [[ -n $verbose ]]; then options+=(--verbose); fi
     step "build the image" env EXTRAS=cpu,resco,dev scripts/build_image.sh "$image"
-    step "run everything in it" docker run --rm --network none --shm-size 2g \
-        --env RLFT_INSTALLED=1 "$image" scripts/run_integration_test.sh "${options[@]}"
-    cat "$out/step-2.log"
+    # With an init that passes signals on: Ctrl-C ends the container, too.
+    step "run everything in it" docker run --rm --init --env TINI_KILL_PROCESS_GROUP=1 \
+        --name "$container" --network none --shm-size 2g --user "$(id -u):0" \
+        --volume "$out:/app/integration" "$image" \
+        scripts/run_integration_test.sh "${options[@]}"
+    [[ -n $verbose ]] || cat "$log"
     exit
 fi
 
 if [[ -n ${RLFT_INSTALLED:-} ]]; then
-    bin=$(dirname "$(command -v rl-ft)")
+    bin=$(dirname "$(command -v rl-ft || wrong "RLFT_INSTALLED is set, and no rl-ft on PATH")")
 else
     bin=$PWD/.venv/bin
 fi

@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILES = sorted((ROOT / "cluster").glob("Dockerfile*"))
-SCRIPTS = [ROOT / "scripts" / name for name in ("build_image.sh", "make_base_image.sh")]
+SCRIPTS = [
+    ROOT / "scripts" / name
+    for name in ("build_image.sh", "make_base_image.sh", "run_integration_test.sh")
+]
 IMAGE = "rl-ft:test"
 dockerfiles = pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
 scripts = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -95,6 +98,43 @@ def test_an_unknown_option_is_refused_before_anything_is_done(script):
     assert "--help" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--format", "prose"], "phase, phase_duration or extend, got 'prose'"),
+        (["--skip-prepare"], "expects base and testdata"),
+        ([], "--skip-prepare, or remove it"),
+    ],
+)
+def test_the_integration_test_says_what_it_cannot_start_with(tmp_path, options, complaint):
+    script = tmp_path / "scripts" / "run_integration_test.sh"
+    script.parent.mkdir()
+    shutil.copy(ROOT / "scripts" / script.name, script)
+    (tmp_path / "integration" / "mine").mkdir(parents=True)
+    done = ran("bash", script, "--local", *options)
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert (tmp_path / "integration" / "mine").is_dir()
+
+
+def test_a_step_of_the_integration_test_that_fails_shows_its_log_and_leaves_nothing(tmp_path):
+    script = tmp_path / "scripts" / "run_integration_test.sh"
+    script.parent.mkdir()
+    shutil.copy(ROOT / "scripts" / script.name, script)
+    (tmp_path / "scripts" / "setup.sh").write_text("seq 1 70; exit 3\n")
+    (tmp_path / "scripts" / "setup.sh").chmod(0o755)
+    done = ran("bash", script, "--local")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[:4] == [
+        "[1/7] environment",
+        "--- the last 50 lines of its log",
+        "21",
+        "22",
+    ]
+    assert "FAILED  environment" in done.stdout
+    assert not (tmp_path / "integration").exists()
+
+
 def test_nothing_that_a_run_or_a_build_leaves_is_sent_to_the_builder():
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".git", ".venv", "runs", "integration", "**/__pycache__"} <= set(ignored)
@@ -104,8 +144,12 @@ def test_nothing_that_a_run_or_a_build_leaves_is_sent_to_the_builder():
 def image() -> str:
     if shutil.which("docker") is None or ran("docker", "info").returncode:
         pytest.skip("no container engine answers")
-    if ran("docker", "image", "inspect", IMAGE).returncode:
-        pytest.skip(f"no image {IMAGE}: EXTRAS=cpu,resco,dev scripts/build_image.sh {IMAGE}")
+    label = '{{index .Config.Labels "org.opencontainers.image.revision"}}'
+    found = ran("docker", "image", "inspect", "--format", label, IMAGE)
+    if found.stdout.strip() != ran("git", "-C", ROOT, "rev-parse", "HEAD").stdout.strip():
+        pytest.skip(
+            f"no image {IMAGE} of this commit: EXTRAS=cpu,resco,dev scripts/build_image.sh {IMAGE}"
+        )
     return IMAGE
 
 

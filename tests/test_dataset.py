@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from lesson_case import vouch
 
 from envs.errors import UserError
+from envs.scenario import load_scenario
 from rl_ft.config import Config
 from rl_ft.dataset import (
     GRPO_FILE,
@@ -22,6 +24,7 @@ from rl_ft.dataset import (
     write_dataset,
 )
 from rl_ft.lessons import lessons
+from rl_ft.states import collect_states
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +155,19 @@ def test_an_outcome_that_is_no_number_is_named_with_its_row(dataset, number):
         read_states(dataset)
 
 
+def test_an_outcome_that_is_no_number_is_not_written_over_what_is_there(
+    dataset, states, data_config
+):
+    before = {file.name: file.read_bytes() for file in dataset.iterdir()}
+    last = states[-1]
+    action, outcome = next(iter(last.outcomes.items()))
+    outcomes = {**last.outcomes, action: replace(outcome, time_loss_veh_s=float("nan"))}
+    broken = [*states[:-1], replace(last, outcomes=outcomes)]
+    with pytest.raises(UserError, match=rf"row {len(states)} for {GRPO_FILE}.*no number"):
+        write_dataset(dataset, broken, data_config.prepare.num_eval_states, data_config)
+    assert {file.name: file.read_bytes() for file in dataset.iterdir()} == before
+
+
 def test_a_name_that_nobody_knows_is_named_with_its_row(dataset):
     change_row(dataset, "sft_max_pressure.jsonl", 3, mood="fine")
     with pytest.raises(UserError, match=r"sft_max_pressure\.jsonl, row 3: mood"):
@@ -173,6 +189,35 @@ def test_a_broken_dataset_is_not_adopted(dataset, data_config, tmp_path):
     with pytest.raises(UserError, match=r"eval_lookahead\.jsonl, row 1: id"):
         adopt_dataset(dataset, tmp_path / "mine", data_config)
     assert [f.name for f in (tmp_path / "mine").iterdir()] == ["kept"]
+
+
+def test_lessons_without_rows_are_not_adopted(dataset, data_config, tmp_path):
+    (dataset / "sft_max_pressure.jsonl").write_text("")
+    vouch(dataset / "sft_max_pressure.jsonl")
+    manifest = json.loads((dataset / MANIFEST_FILE).read_text())
+    manifest["files"]["sft_max_pressure.jsonl"]["rows"] = 0
+    (dataset / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="no lessons of max_pressure"):
+        adopt_dataset(dataset, tmp_path / "mine", data_config)
+
+
+def test_a_dataset_whose_network_has_changed_since_is_not_adopted(data_config, tmp_path):
+    city = load_scenario("generated:1")
+    routes = tmp_path / "my.rou.xml"
+    shutil.copy(city.route_files[0], routes)
+    scenario = f"{city.net_file},{routes}"
+    content = data_config.model_dump()
+    content["scenarios"]["train"] = [scenario]
+    content["prepare"] |= {"num_states": 3, "num_eval_states": 1, "states_per_episode": 8}
+    config = Config.model_validate(content)
+    write_dataset(tmp_path / "data", collect_states(config), 1, config)
+    adopt_dataset(tmp_path / "data", tmp_path / "first", config)
+    routes.write_text(routes.read_text().replace('probability="0.', 'probability="0.0'))
+    with pytest.raises(
+        UserError, match=r"my\.rou\.xml has changed since its rows in .*grpo\.jsonl"
+    ):
+        adopt_dataset(tmp_path / "data", tmp_path / "second", config)
+    assert not (tmp_path / "second").exists()
 
 
 def test_outcomes_of_another_horizon_are_refused(dataset, data_config, tmp_path):
