@@ -56,7 +56,7 @@ out=$PWD/integration
 if [[ -n $skip_prepare ]]; then
     [[ -d $out/base/sft && -d $out/testdata/data ]] ||
         wrong "--skip-prepare expects base and testdata in $out, as --keep-output leaves them"
-elif [[ -d $out && -n $(ls -A "$out") ]]; then
+elif [[ -n $(find "$out" -mindepth 1 ! -name 'docker-*.log' 2>/dev/null) ]]; then
     wrong "$out is there already: go on with its data by --skip-prepare, or remove it"
 fi
 mkdir -p "$out"
