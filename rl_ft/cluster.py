@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rl_ft.config import Config
 from rl_ft.progress import Progress
+
+Result = TypeVar("Result")
 
 OBJECT_STORE_BYTES = 2**30
 """Of a private cluster: groups and weights of a laptop's run are far smaller."""
@@ -56,3 +61,20 @@ def ray_session(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def in_thread(work: Callable[[], Result], name: str) -> Future[Result]:
+    """Do what blocks, such as a Ray Train fit, beside the main thread.
+
+    In the main thread Ray Train takes Ctrl-C for itself, for good, and ends with status 0.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future

@@ -183,7 +183,7 @@ def read_manifest(directory: Path) -> Manifest:
                 "write the dataset anew with `rl-ft prepare`"
             )
         return Manifest.model_validate(content)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{directory} holds no dataset: expected {MANIFEST_FILE} in it, as `rl-ft prepare` "
             "writes it to the folder data of a run"

@@ -66,6 +66,13 @@ def evaluate_cli(
     config: Config,
 ) -> None:
     """`rl-ft evaluate --controller NAME --model DIR --scenario NAME`."""
+    for model in models:
+        if not (model / "config.json").is_file():
+            raise UserError(
+                f"--model {model}: expected a model folder, with config.json, weights and "
+                "tokenizer, such as grpo/max_pressure/model of a run; "
+                + ("there is no such folder" if not model.is_dir() else "it has no config.json")
+            )
     unknown = [name for name in controllers if name not in CONTROLLER_NAMES]
     if unknown:
         raise UserError(

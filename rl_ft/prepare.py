@@ -18,11 +18,13 @@ log = logging.getLogger(__name__)
 
 def prepare(config: Config, folder: RunFolder) -> None:
     """Write the base model to `model/` and the dataset to `data/`."""
-    prepare_model(config, folder.path("model"))
     if config.prepare.dataset is not None:
+        # What a user hands over is looked at before anything takes long.
         manifest = adopt_dataset(Path(config.prepare.dataset), folder.path("data"), config)
         log.info("dataset of %d rows", manifest.files[GRPO_FILE].rows)
+        prepare_model(config, folder.path("model"))
         return
+    prepare_model(config, folder.path("model"))
     states = collect_states(config)
     write_dataset(folder.path("data"), states, config.prepare.num_eval_states, config)
     log.info(

@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import threading
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import Future
@@ -27,7 +26,7 @@ from typing import Any
 
 from rl_ft.admission import Admission, staleness
 from rl_ft.check import Checks
-from rl_ft.cluster import gpu_share, ray_session
+from rl_ft.cluster import gpu_share, in_thread, ray_session
 from rl_ft.config import Config
 from rl_ft.dataset import read_lessons
 from rl_ft.health import HealthMonitor
@@ -310,25 +309,18 @@ class GrpoLoop:
             before_update=link.check,
             before_checkpoint=link.await_record,
         )
-        future: Future[Any] = Future()
         num_gpus = gpu_share(LEARNER_AND_GENERATOR)
 
-        def work() -> None:
-            try:
-                future.set_result(
-                    run_learner(
-                        train_config,
-                        storage_path=self._folder.path(self._stage, "ray").absolute(),
-                        num_cpus=self._config.ray.cpus_per_learner,
-                        num_gpus=num_gpus,
-                        max_failures=1,
-                    )
-                )
-            except BaseException as error:
-                future.set_exception(error)
+        def work() -> Any:
+            return run_learner(
+                train_config,
+                storage_path=self._folder.path(self._stage, "ray").absolute(),
+                num_cpus=self._config.ray.cpus_per_learner,
+                num_gpus=num_gpus,
+                max_failures=1,
+            )
 
-        threading.Thread(target=work, name="learner", daemon=True).start()
-        return future
+        return in_thread(work, "learner")
 
     def _write_examples(self, examples: Sequence[dict[str, Any]]) -> None:
         """The latest decisions at which the answer made a difference, for the report."""

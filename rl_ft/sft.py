@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError
-from rl_ft.cluster import gpu_share, ray_session
+from rl_ft.cluster import gpu_share, in_thread, ray_session
 from rl_ft.config import Config
 from rl_ft.dataset import read_lessons
 from rl_ft.monitor import MetricLog, read_metrics
@@ -329,7 +329,7 @@ def _fit(config: Config, jobs: Sequence[TeacherJob], folder: RunFolder) -> None:
 
     num_gpus = gpu_share(1)
     resources = {"CPU": config.ray.cpus_per_learner, "GPU": num_gpus}
-    TorchTrainer(
+    trainer = TorchTrainer(
         _worker_loop,
         train_loop_config={
             "config": config.model_dump(mode="json"),
@@ -340,7 +340,8 @@ def _fit(config: Config, jobs: Sequence[TeacherJob], folder: RunFolder) -> None:
             num_workers=1, use_gpu=num_gpus > 0, resources_per_worker=resources
         ),
         run_config=RunConfig(name="ray", storage_path=str(folder.path("sft").absolute())),
-    ).fit()
+    )
+    in_thread(trainer.fit, "sft").result()
 
 
 def _follow(progress: Progress, *, jobs: Sequence[TeacherJob], root: Path) -> None:

@@ -72,6 +72,11 @@ def test_bad_input_is_one_sentence_and_status_2():
         (["report", "--out", "other"], "expected a run in other to go on with, found only notes"),
         (["evaluate", "--out", "nowhere"], "expected a run in nowhere"),
         (["evaluate", "--scenario", "resco:cologne1"], "go with --controller or --model"),
+        (
+            ["evaluate", "--model", "nowhere", "--scenario", "generated:1"],
+            "there is no such folder",
+        ),
+        (["data", "check", __file__], "holds no dataset"),
         (["evaluate", "--controller", "maxpressure"], "did you mean max_pressure"),
         (["evaluate", "--controller", "fixed", "--out", "file"], "is a file"),
         (["evaluate", "--controller", "fixed", "--out", "judged"], "already holds results"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -230,7 +231,10 @@ def test_one_fit_under_ray_train_serves_both_teachers(tmp_path, model_dir):
     for seed, teacher in enumerate(teachers):
         write_rows(folder.path("data", f"sft_{teacher}.jsonl"), num=48, seed=seed)
         write_rows(folder.path("data", f"eval_{teacher}.jsonl"), num=8, seed=seed)
+    on_interrupt = signal.getsignal(signal.SIGINT)
     train_sft(config, folder)
+    # Ray Train would keep Ctrl-C for itself, and later stages would never hear of it.
+    assert signal.getsignal(signal.SIGINT) is on_interrupt
     assert all(is_complete(folder.path("sft", teacher)) for teacher in teachers)
     lines = folder.path("metrics.jsonl").read_text().splitlines()
     stages = {json.loads(line)["stage"] for line in lines}
