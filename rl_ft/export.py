@@ -275,9 +275,9 @@ def _facts(trained: Trained, form: str) -> dict[str, Any]:
 
 
 def _trained_at(starts: Sequence[Mapping[str, Any]]) -> str:
-    """Commit of the last command in the run that trained."""
-    commits = [s["git_commit"] for s in starts if s["command"][1:2] in (["run"], ["grpo"])]
-    return (commits or [None])[-1] or "unknown"
+    """Commit of the last command in the run that trained, or of the last at all."""
+    trained = [start for start in starts if start["command"][1:2] in (["run"], ["grpo"])]
+    return (trained or starts)[-1]["git_commit"] or "unknown"
 
 
 def _card(trained: Trained, facts: Mapping[str, Any]) -> str:
