@@ -30,7 +30,7 @@ from envs.types import Decision, DecisionFormat
 from rl_ft.config import Config
 from rl_ft.lessons import lessons
 from rl_ft.rows import Candidate, FileEntry, GrpoRow, Manifest, Place, Record, Settings, SftRow
-from rl_ft.run_folder import replace_folder
+from rl_ft.run_folder import appearing
 from rl_ft.states import DecisionState
 
 SCHEMA_VERSION = 1
@@ -60,37 +60,34 @@ def write_dataset(
     _require_numbers(states)
     num = len(states) - num_held_back
     train, held_back = states[:num], states[num:]
-    aside = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    files = {GRPO_FILE: _write(aside / GRPO_FILE, (_grpo_line(s, config) for s in train))}
-    for teacher in config.prepare.teachers:
-        name = f"sft_{teacher}.jsonl"
-        taught = train[: config.prepare.num_lesson_states]
-        rows = (lessons(s, teacher, config, num=config.prepare.tellings) for s in taught)
-        files[name] = _write(aside / name, (json.dumps(row) for part in rows for row in part))
-        held = (lessons(s, teacher, config, num=1, soften=False) for s in held_back)
-        name = f"eval_{teacher}.jsonl"
-        files[name] = _write(aside / name, (json.dumps(row) for part in held for row in part))
-    for name in [name for name in files if not name.startswith("eval_")]:
-        lines = (aside / name).read_text(encoding="utf-8").splitlines()
-        twin = aside / name.replace(".jsonl", ".json")
-        twin.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-        files[twin.name] = FileEntry(sha256=_sha256(twin), rows=len(lines))
-    (aside / JUNCTIONS_FILE).write_text(_places(states), encoding="utf-8")
-    files[JUNCTIONS_FILE] = FileEntry(sha256=_sha256(aside / JUNCTIONS_FILE), rows=1)
-    names = sorted({state.decision.scenario for state in states})
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        seed=config.seed,
-        rl_ft=version("rl-ft"),
-        sumo=version("eclipse-sumo"),
-        settings=_settings(config),
-        scenarios={name: content_hash(load_scenario(name)) for name in names},
-        files=files,
-    )
-    (aside / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
-    replace_folder(aside, directory)
+    with appearing(directory) as aside:
+        files = {GRPO_FILE: _write(aside / GRPO_FILE, (_grpo_line(s, config) for s in train))}
+        for teacher in config.prepare.teachers:
+            name = f"sft_{teacher}.jsonl"
+            taught = train[: config.prepare.num_lesson_states]
+            rows = (lessons(s, teacher, config, num=config.prepare.tellings) for s in taught)
+            files[name] = _write(aside / name, (json.dumps(row) for part in rows for row in part))
+            held = (lessons(s, teacher, config, num=1, soften=False) for s in held_back)
+            name = f"eval_{teacher}.jsonl"
+            files[name] = _write(aside / name, (json.dumps(row) for part in held for row in part))
+        for name in [name for name in files if not name.startswith("eval_")]:
+            lines = (aside / name).read_text(encoding="utf-8").splitlines()
+            twin = aside / name.replace(".jsonl", ".json")
+            twin.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+            files[twin.name] = FileEntry(sha256=_sha256(twin), rows=len(lines))
+        (aside / JUNCTIONS_FILE).write_text(_places(states), encoding="utf-8")
+        files[JUNCTIONS_FILE] = FileEntry(sha256=_sha256(aside / JUNCTIONS_FILE), rows=1)
+        names = sorted({state.decision.scenario for state in states})
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            seed=config.seed,
+            rl_ft=version("rl-ft"),
+            sumo=version("eclipse-sumo"),
+            settings=_settings(config),
+            scenarios={name: content_hash(load_scenario(name)) for name in names},
+            files=files,
+        )
+        (aside / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
 
 
 def _require_numbers(states: Sequence[DecisionState]) -> None:
@@ -133,20 +130,13 @@ def adopt_dataset(source: Path, directory: Path, config: Config) -> Manifest:
             f"the dataset in {source} has rows of {', '.join(shared)}, on which models are chosen "
             "or judged: set scenarios.held_out or check.scenarios to others"
         )
-    read_everything(source, manifest)
-    for name, hashed in manifest.scenarios.items():
-        # A generated city is what its seed says; `rl-ft data check` looks at those too.
-        if not name.startswith("generated:") and content_hash(load_scenario(name)) != hashed:
-            raise UserError(
-                f"the scenario {name} has changed since its rows in {source / GRPO_FILE} were "
-                "measured: bring its files back, or prepare anew"
-            )
-    aside = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for name in (*manifest.files, MANIFEST_FILE):
-        shutil.copyfile(source / name, aside / name)
-    replace_folder(aside, directory)
+    states = read_everything(source, manifest)
+    # A generated city is what its seed says; `rl-ft data check` looks at those too.
+    given = [name for name in manifest.scenarios if not name.startswith("generated:")]
+    require_unchanged(given, states, manifest, source)
+    with appearing(directory) as aside:
+        for name in (*manifest.files, MANIFEST_FILE):
+            shutil.copyfile(source / name, aside / name)
     return manifest
 
 
@@ -165,6 +155,20 @@ def read_everything(directory: Path, manifest: Manifest) -> list[DecisionState]:
         else:
             check_file(directory / name, manifest)
     return states
+
+
+def require_unchanged(
+    names: Iterable[str], states: Sequence[DecisionState], manifest: Manifest, directory: Path
+) -> None:
+    """Raise `UserError` for a scenario that is not what the rows were measured on."""
+    for name in names:
+        if content_hash(load_scenario(name)) != manifest.scenarios.get(name):
+            rows = [i for i, s in enumerate(states, start=1) if s.decision.scenario == name]
+            listed = ", ".join(map(str, rows[:5]))
+            raise UserError(
+                f"the scenario {name} has changed since its rows in {directory / GRPO_FILE} were "
+                f"measured (row {listed}): bring its files back, or prepare anew"
+            )
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -24,7 +24,7 @@ from envs.scenario import expand
 from rl_ft.config import Config
 from rl_ft.question import write_question
 from rl_ft.recipe import nearest, read_config
-from rl_ft.run_folder import RunFolder, replace_folder, write_atomically
+from rl_ft.run_folder import RunFolder, appearing, write_atomically
 from rl_ft.snapshots import is_averaged
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,8 @@ def export_run(
         raise UserError(f"--format {form}: expected one of {known}{nearest(form, FORMS)}")
     trained = find_trained(run, start)
     target = out or run / "export" / f"{trained.start}-{form}"
-    with _appearing(target) as folder:
+    _require_free(target)
+    with appearing(target.absolute()) as folder:
         facts = _facts(trained, form)
         facts |= FORMS[form](trained, folder)
         write_question(folder, trained.config)
@@ -182,22 +183,11 @@ FORMS: Mapping[str, Callable[[Trained, Path], dict[str, Any]]] = {
 """By name what writes it into an empty folder and returns what is to be known of it."""
 
 
-@contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` if nothing fails and else is gone."""
+def _require_free(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"--out {target} is a file; expected a folder or a new name")
     if target.is_dir() and any(target.iterdir()):
         raise UserError(f"--out {target} is not empty; give another --out")
-    target = target.absolute()
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        replace_folder(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

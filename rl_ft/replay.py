@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,9 +11,9 @@ from pathlib import Path
 
 from envs.answers import label, offered
 from envs.errors import UserError
-from envs.scenario import content_hash, load_scenario
+from envs.scenario import load_scenario
 from envs.world import World
-from rl_ft.dataset import read_everything, read_manifest
+from rl_ft.dataset import read_everything, read_manifest, require_unchanged
 from rl_ft.progress import track
 from rl_ft.rows import Manifest
 from rl_ft.states import DecisionState
@@ -41,10 +40,8 @@ def check_dataset(directory: Path, *, num_rows: int, seed: int) -> list[Replayed
     states = read_everything(directory, manifest)
     _require_sumo(directory, manifest)
     chosen = sorted(random.Random(seed).sample(range(len(states)), min(num_rows, len(states))))
-    for name in dict.fromkeys(states[i].decision.scenario for i in chosen):
-        _require_scenario(
-            name, manifest, [i for i in chosen if states[i].decision.scenario == name]
-        )
+    names = dict.fromkeys(states[i].decision.scenario for i in chosen)
+    require_unchanged(names, states, manifest, directory)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         replayed = pool.map(lambda i: replay(states[i], manifest), chosen)
         return list(track(replayed, "data check", total=len(chosen), unit="rows"))
@@ -84,13 +81,4 @@ def _require_sumo(directory: Path, manifest: Manifest) -> None:
         raise UserError(
             f"{directory} was measured by SUMO {manifest.sumo}, installed is {here}: "
             f"pip install eclipse-sumo=={manifest.sumo} libsumo=={manifest.sumo}, or prepare anew"
-        )
-
-
-def _require_scenario(name: str, manifest: Manifest, rows: Sequence[int]) -> None:
-    if content_hash(load_scenario(name)) != manifest.scenarios.get(name):
-        listed = ", ".join(str(i + 1) for i in rows[:5])
-        raise UserError(
-            f"the scenario {name} has changed since its rows were measured (row {listed} of "
-            "grpo.jsonl): bring its files back, or prepare anew"
         )

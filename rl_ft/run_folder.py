@@ -15,6 +15,8 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -208,6 +210,19 @@ def replace_folder(finished: Path, folder: Path) -> None:
         folder.rename(old)
     finished.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which gets the name of `folder` if nothing fails and else is gone."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from envs.errors import UserError
-from rl_ft.run_folder import replace_folder
+from rl_ft.run_folder import appearing
 from rl_ft.types import WeightsRef
 
 if TYPE_CHECKING:
@@ -80,10 +80,7 @@ def save_folder(state_dict: Mapping[str, Tensor], like: str | Path, directory: s
     from safetensors.torch import save_file
 
     check_complete({n: tuple(t.shape) for n, t in state_dict.items()}, checkpoint_shapes(like))
-    source, target = Path(like), Path(directory)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("*.safetensors*", "sft.json"))
+    source = Path(like)
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
     tied = settings.get("tie_word_embeddings", False)
     tensors = {
@@ -91,8 +88,10 @@ def save_folder(state_dict: Mapping[str, Tensor], like: str | Path, directory: s
         for name, tensor in state_dict.items()
         if not (tied and name == HEAD)
     }
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    replace_folder(partial, target)
+    others = shutil.ignore_patterns("*.safetensors*", "sft.json")
+    with appearing(Path(directory)) as partial:
+        shutil.copytree(source, partial, ignore=others, dirs_exist_ok=True)
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
 
 
 def read_folder(model_path: str | Path) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The pipeline on small data, from nothing to a verdict: a model that can speak, test data, ten steps
-# of supervised start, ten of GRPO, then what logs and files say. About ten minutes on two cores.
+# of supervised start, ten of GRPO, then what logs and files say. About five minutes on two cores.
 #
 # Usage: scripts/run_integration_test.sh [options]
 #   --docker         build the image rl-ft:test and run everything in it; BASE_IMAGE names what it
@@ -119,7 +119,8 @@ if [[ $mode == docker ]]; then
 fi
 
 if [[ -n ${RLFT_INSTALLED:-} ]]; then
-    bin=$(dirname "$(command -v rl-ft || wrong "RLFT_INSTALLED is set, and no rl-ft on PATH")")
+    command -v rl-ft >/dev/null || wrong "RLFT_INSTALLED is set, and no rl-ft is on PATH"
+    bin=$(dirname "$(command -v rl-ft)")
 else
     bin=$PWD/.venv/bin
 fi
