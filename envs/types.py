@@ -5,6 +5,7 @@ All are frozen values that pickle; none holds a connection or a simulation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -216,6 +217,17 @@ class Outcome:
     executes the same action."""
     digest: str
     """Hash of every vehicle's position, lane and speed at the end: equal digests, equal worlds."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Every cost is a number."""
+        costs = (
+            self.time_loss_veh_s,
+            self.junction_time_loss_veh_s,
+            self.halting_veh_s,
+            self.pending_veh_s,
+        )
+        return all(map(math.isfinite, costs))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,6 +51,8 @@ class World:
                 **os.environ,
                 **SINGLE_THREADED,
                 "PYTHONPATH": path,
+                # The code of this process, whatever lies in the directory where it stands.
+                "PYTHONSAFEPATH": "1",
                 "TMPDIR": self._files.name,
             },
             stdin=subprocess.DEVNULL,

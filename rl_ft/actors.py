@@ -1,65 +1,63 @@
 """The Ray actors: plain classes, given resources on the last lines.
 
-World actors drive simulations, the generator owns the vLLM engine, the buffer stands between
-them and the learner. The adapters at the top make an actor look like what `rl_ft.rollout` asks
-for.
+World actors drive simulations, generators own a vLLM engine each, the buffer stands between
+them and the learner. The adapters at the top make generators look like what `rl_ft.rollout` and
+`rl_ft.closed_loop` ask for.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from envs import dialect
 from envs.scenario import expand
 from envs.types import Decision
+from rl_ft.admission import Admission
 from rl_ft.asking import Render
 from rl_ft.buffer import GroupBuffer
-from rl_ft.cluster import gpu_share
+from rl_ft.cluster import Places, gpu_share
 from rl_ft.config import Config
+from rl_ft.crew import Post, RemoteWorlds, Samplers
 from rl_ft.dataset import read_states
 from rl_ft.lookup import LookupPool
+from rl_ft.monitor import GIB, LoadSampler
 from rl_ft.parity import MismatchGate, ParityError
+from rl_ft.series import ENGINE, WORLDS
+from rl_ft.sinks import REFRESH_S
 from rl_ft.types import Completion, RolloutGroup, WeightsRef
-from rl_ft.worlds import Order, State, Tried, WorldPool, shares
+from rl_ft.worlds import WorldPool, shares
 
-LEARNER_AND_GENERATOR = 2
-"""What works on GPUs while GRPO trains."""
-
-
-class RemoteWorlds:
-    """`rl_ft.rollout.Worlds` over a world actor."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    async def states(self) -> list[State]:
-        """See `WorldPool.states`."""
-        return await self.actor.states.remote()
-
-    async def settle(self, orders: Sequence[Order | None]) -> list[Tried | None]:
-        """See `WorldPool.settle`."""
-        return await self.actor.settle.remote(list(orders))
+SEEDS_APART = 1_000_003
 
 
 class RemoteGenerate:
-    """`rl_ft.rollout.Generate` over the generator actor.
+    """`rl_ft.rollout.Generate` over the generators.
 
     With `after`, such as weights that are on their way, nothing is sampled before that is done;
-    `waited_s` is how long each call waited for it.
+    `waited_s` is how long each call waited for it. `busy_s` is how long at least one call was with
+    the sampler.
     """
 
     def __init__(
-        self, actor: Any, config: Config, *, after: Awaitable[object] | None = None
+        self, samplers: Samplers, config: Config, *, after: Awaitable[object] | None = None
     ) -> None:
-        self.actor = actor
+        self._samplers = samplers
         self.waited_s: list[float] = []
+        self.busy_s = 0.0
+        self._num_under_way = 0
+        self._busy_since = 0.0
         self._after = after
         self._max_tokens = config.grpo.max_completion_length
         self._temperature = config.grpo.temperature
@@ -78,36 +76,60 @@ class RemoteGenerate:
             started = time.perf_counter()
             await self._after
             self.waited_s.append(time.perf_counter() - started)
-        return await self.actor.generate.remote(
-            [tuple(prompt) for prompt in prompts],
-            num_samples=num_samples,
-            temperature=self._temperature,
-            max_tokens=self._max_tokens,
-            seed=seed if self._seeded else None,
-            greedy=[tuple(prompt) for prompt in greedy],
-        )
+        with self._under_way():
+            return await self._samplers.generate(
+                [tuple(prompt) for prompt in prompts],
+                num_samples=num_samples,
+                temperature=self._temperature,
+                max_tokens=self._max_tokens,
+                seed=seed if self._seeded else None,
+                greedy=[tuple(prompt) for prompt in greedy],
+            )
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        if not self._num_under_way:
+            self._busy_since = time.perf_counter()
+        self._num_under_way += 1
+        try:
+            yield
+        finally:
+            self._num_under_way -= 1
+            if not self._num_under_way:
+                self.busy_s += time.perf_counter() - self._busy_since
 
 
 class RemoteAsk:
-    """`rl_ft.closed_loop.Ask` over the generator actor: its most likely answers, in one batch."""
+    """`rl_ft.closed_loop.Ask` over the generators: their most likely answers, in one batch."""
 
-    def __init__(self, actor: Any, render: Render, config: Config) -> None:
-        self._actor, self._render = actor, render
+    def __init__(self, samplers: Samplers, render: Render, config: Config) -> None:
+        self._samplers, self._render = samplers, render
         self._instructions = config.model.instructions
         self._max_tokens = config.grpo.max_completion_length
 
     def __call__(self, decisions: Sequence[Decision]) -> list[Completion]:
-        """Waits for the answers."""
+        """Waits for the answers, in a thread without an event loop."""
         if not decisions:
             return []
         prompts = [
             self._render.prompt_ids(dialect.messages(d, instructions=self._instructions))
             for d in decisions
         ]
-        answers = self._actor.generate.remote(
-            prompts, num_samples=1, temperature=0.0, max_tokens=self._max_tokens
+        answers = asyncio.run(
+            self._samplers.generate(
+                prompts, num_samples=1, temperature=0.0, max_tokens=self._max_tokens
+            )
         )
-        return [completions[0] for completions in ray.get(answers)]
+        return [completions[0] for completions in answers]
+
+
+class WorldService(WorldPool):
+    """Worlds behind an actor, which says how busy it and its simulations are."""
+
+    def __init__(self, config: Config, scenarios: Sequence[str], **settings: Any) -> None:
+        super().__init__(config, scenarios, **settings)
+        if config.exports_ray_metrics:
+            threading.Thread(target=_export_load, name="load", daemon=True).start()
 
 
 class GeneratorService:
@@ -117,6 +139,9 @@ class GeneratorService:
         from rl_ft.generation import Generator
 
         self._generator = Generator(model_path, config=config, seed=seed)
+        if config.monitor.engine and config.exports_ray_metrics:
+            work = partial(_export_engine, self._generator.engine_figures)
+            threading.Thread(target=work, name="engine", daemon=True).start()
 
     def generate(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[Completion]]:
         """See `Generator.generate`."""
@@ -196,9 +221,10 @@ class LearnerLink:
     WAIT_S = 3600.0
     """Before a step's groups there may be a check in the closed loop."""
 
-    def __init__(self, buffer: Any, gate: MismatchGate) -> None:
+    def __init__(self, buffer: Any, gate: MismatchGate, *, base: str | None = None) -> None:
         self._buffer = buffer
         self._gate = gate
+        self._base = base
 
     def check(self, step: int, mismatch: float, staleness: int) -> None:
         """The gate before every update; the loop finds the cause of a breach."""
@@ -223,7 +249,8 @@ class LearnerLink:
         """A new version of the weights."""
         from rl_ft.weights import publish
 
-        ray.get(self._buffer.keep.remote(publish(state_dict, version, lambda arrays: arrays)))
+        ref = publish(state_dict, version, lambda arrays: arrays, base=self._base)
+        ray.get(self._buffer.keep.remote(ref))
 
     def report(self, step: int, values: dict[str, float]) -> None:
         """Metrics of a finished step."""
@@ -235,23 +262,51 @@ class LearnerLink:
             raise TimeoutError(f"step {step} was not recorded within {self.WAIT_S:g} s")
 
 
-def start_actors(config: Config, model_path: str, data: Path) -> tuple[list[Any], Any]:
-    """World actors and the generator, with the resources the configuration declares."""
-    worlds = start_worlds(config, data)
-    return worlds, start_generator(config, model_path, num_gpus=gpu_share(LEARNER_AND_GENERATOR))
+def start_actors(
+    config: Config, model_path: str, data: Path
+) -> tuple[list[RemoteWorlds], Samplers]:
+    """World actors and generators, with the resources the configuration declares."""
+    generators = start_generators(config, model_path, num_others=config.ray.num_learners)
+    return start_worlds(config, data), generators
 
 
-def start_generator(config: Config, model_path: str, *, num_gpus: float) -> Any:
-    """The generator; of a GPU that it shares it uses its part of the memory."""
+def start_buffer(admission: Admission) -> Any:
+    """On the driver's own node: what it holds must not be lost with another one."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return BufferActor.options(scheduling_strategy=here).remote(admission)
+
+
+def start_generators(config: Config, model_path: str, *, num_others: int = 0) -> Samplers:
+    """As many as `ray.num_generators`; so many others want a GPU each meanwhile."""
+    settings, generation = config.ray, config.generation
+    num = settings.num_generators
+    num_gpus = gpu_share(num + num_others)
     if 0 < num_gpus < 1:
-        share = config.generation.gpu_memory_utilization * num_gpus
-        generation = config.generation.model_copy(update={"gpu_memory_utilization": share})
+        # Of a GPU that it shares, an engine takes its part of the memory.
+        share = generation.gpu_memory_utilization * num_gpus
+        generation = generation.model_copy(update={"gpu_memory_utilization": share})
         config = config.model_copy(update={"generation": generation})
-    options = GeneratorActor.options(num_cpus=config.ray.cpus_per_generator, num_gpus=num_gpus)
-    return options.remote(model_path, config, config.seed)
+    bundle = {"CPU": settings.cpus_per_generator, **({"GPU": num_gpus} if num_gpus else {})}
+    places = Places([bundle] * num, strategy=settings.placement_strategy, holder=model_path)
+    options = [
+        GeneratorActor.options(
+            num_cpus=settings.cpus_per_generator, num_gpus=num_gpus, scheduling_strategy=places[i]
+        )
+        for i in range(num)
+    ]
+    starts = [
+        lambda _, option=option: option.remote(model_path, config, config.seed)
+        for option in options
+    ]
+    return Samplers(
+        starts,
+        max_failures=settings.max_failures,
+        call_timeout_s=generation.call_timeout_s,
+        release=places.release,
+    )
 
 
-def start_worlds(config: Config, data: Path) -> list[Any]:
+def start_worlds(config: Config, data: Path) -> list[RemoteWorlds]:
     """World actors that share `rollout.num_worlds` simulations of the training scenarios; with
     `rollout.offline` actors that share the decision states of the dataset in `data`."""
     settings = config.ray
@@ -262,16 +317,62 @@ def start_worlds(config: Config, data: Path) -> list[Any]:
     else:
         scenarios = expand(config.scenarios.train)
         kind, works = WorldActor, [(config, scenarios)] * settings.num_world_actors
+    bundle = {"CPU": settings.cpus_per_world_actor}
+    bundles = [bundle] * len(works)
+    places = Places(bundles, strategy=settings.placement_strategy, holder=str(data))
     num_worlds = shares(config.rollout.num_worlds, len(works))
-    return [
-        kind.options(num_cpus=settings.cpus_per_world_actor).remote(
-            *work, seed=config.seed * 1_000 + i, num_worlds=share
+
+    def team(i: int) -> RemoteWorlds:
+        options = kind.options(
+            num_cpus=settings.cpus_per_world_actor, scheduling_strategy=places[i]
         )
-        for i, (work, share) in enumerate(zip(works, num_worlds, strict=True))
-    ]
+
+        def start(num_before: int) -> Any:
+            # A successor that began with the same seed would drive the same episodes again.
+            seed = (config.seed + num_before * SEEDS_APART) * 1_000 + i
+            return options.remote(*works[i], seed=seed, num_worlds=num_worlds[i])
+
+        return RemoteWorlds(
+            Post(f"world actor {i}", start, max_failures=settings.max_failures),
+            num_worlds=num_worlds[i],
+            call_timeout_s=config.rollout.call_timeout_s,
+            release=places.release,
+        )
+
+    return [team(i) for i in range(len(works))]
 
 
-WorldActor = ray.remote(WorldPool)
+def _export_load() -> None:
+    """Keep telling Ray's metrics how busy this process and what it started are."""
+    from ray.util.metrics import Gauge
+
+    cores, memory = (Gauge(name, description=about) for name, about in WORLDS.items())
+    sampler = LoadSampler()
+    while True:
+        time.sleep(REFRESH_S)
+        load = sampler.sample()
+        cores.set(load["system/processes_cores"])
+        memory.set(load["system/processes_memory_gib"] * GIB)
+
+
+def _export_engine(figures: Callable[[], Mapping[str, float]]) -> None:
+    """Keep telling Ray's metrics what vLLM counts."""
+    from ray.util.metrics import Counter, Gauge
+
+    kinds = {"counter": Counter, "gauge": Gauge}
+    metrics = {key: kinds[s.kind](s.name, description=s.about) for key, s in ENGINE.items()}
+    before = dict.fromkeys(ENGINE, 0.0)
+    while True:
+        time.sleep(REFRESH_S)
+        for key, value in figures().items():
+            if ENGINE[key].kind == "gauge":
+                metrics[key].set(value)
+            elif value > before[key]:
+                metrics[key].inc(value - before[key])
+                before[key] = value
+
+
+WorldActor = ray.remote(WorldService)
 LookupActor = ray.remote(LookupPool)
 GeneratorActor = ray.remote(GeneratorService)
 BufferActor = ray.remote(num_cpus=0)(BufferService)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from envs.errors import UserError
-from rl_ft.config import LoraSettings
+from rl_ft.sections import LoraSettings
 from rl_ft.weights import EMBEDDINGS
 
 if TYPE_CHECKING:

@@ -72,9 +72,21 @@ def split(groups: Sequence[RolloutGroup], num_parts: int) -> list[list[RolloutGr
         raise ValueError(
             f"{num_parts} micro-batches need at least as many groups, got {len(groups)}"
         )
-    by_length = sorted(groups, key=lambda g: (len(g.prompt_ids), g.group_id))
+    by_length = sorted(groups, key=_length)
     bounds = [round(i * len(groups) / num_parts) for i in range(num_parts + 1)]
     return [by_length[a:b] for a, b in pairwise(bounds)]
+
+
+def share_of(groups: Sequence[RolloutGroup], rank: int, num_ranks: int) -> list[RolloutGroup]:
+    """The groups that one of several learners trains on: every one belongs to exactly one rank.
+
+    Long and short ones are dealt in turn, so that nobody waits long for the others.
+    """
+    return sorted(groups, key=_length)[rank::num_ranks]
+
+
+def _length(group: RolloutGroup) -> tuple[int, str]:
+    return len(group.prompt_ids), group.group_id
 
 
 def _check(groups: Sequence[RolloutGroup]) -> None:

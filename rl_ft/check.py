@@ -8,11 +8,13 @@ done about it is `rl_ft.run`'s business. Nothing is trained on here.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,8 @@ class Check:
     delay_s: float
     gridlocks: int
     scenario_delay_s: Mapping[str, float]
+    invalid_share: float = 0.0
+    """Of the decisions, those in which the fallback controller had to choose."""
 
     @classmethod
     def of(cls, episodes: Iterable[Episode]) -> Check:
@@ -50,10 +54,12 @@ class Check:
         by_scenario: dict[str, list[float]] = {}
         for episode in played:
             by_scenario.setdefault(episode.job.scenario, []).append(episode.trips.delay_s)
+        num_decisions = sum(episode.decisions for episode in played)
         return cls(
             delay_s=fmean(episode.trips.delay_s for episode in played),
             gridlocks=sum(episode.trips.gridlock for episode in played),
             scenario_delay_s={name: fmean(delays) for name, delays in by_scenario.items()},
+            invalid_share=sum(episode.fallbacks for episode in played) / max(1, num_decisions),
         )
 
     def beats(self, other: Check, *, by_s: float) -> bool:
@@ -72,7 +78,7 @@ class Checks:
 
     Example:
         if checks.is_due(50):
-            await checks.look(50, weights, resumable_from=40)
+            await checks.look(50, weights, resumable_from=[20, 30, 40])
         if checks.on_plateau:
             ...
         better = await checks.choose(averaged=[40, 50])
@@ -81,6 +87,7 @@ class Checks:
     def __init__(
         self, config: Config, folder: RunFolder, start: str, ask: Ask, record: MetricLog
     ) -> None:
+        self._start = start
         self.stage = f"check/{start}"
         self._config, self._settings = config, config.check
         self._root, self._ask, self._record = folder.root, ask, record
@@ -97,9 +104,8 @@ class Checks:
         """Forget what was checked after a version; it will be made anew."""
         self._record.rewind(self.stage, version)
         self._kept.rewind(version)
-        lines = read_metrics(self._root, self.stage)
-        self._history = {line["step"]: _read(line["values"], "check/") for line in lines}
-        if lines:
+        self._history = read_checks(self._root, self._start)
+        if lines := read_metrics(self._root, self.stage):
             self._reference = _read(lines[0]["values"], f"check/{REFERENCE}_")
 
     @property
@@ -132,11 +138,11 @@ class Checks:
         version: int,
         weights: Callable[[], Mapping[str, Tensor]],
         *,
-        resumable_from: int,
+        resumable_from: Collection[int],
     ) -> None:
         """Check the version that the sampler holds; the best one's weights stay.
 
-        So do those that were the best up to `resumable_from`, the step of the newest checkpoint.
+        So do those that were the best up to each of `resumable_from`, the steps of the checkpoints.
         """
         started = time.perf_counter()
         if self._reference is None:
@@ -145,7 +151,7 @@ class Checks:
         self._history[version] = check
         if self.best == version:
             self._kept.add(version, weights())
-        needed = {self.best, self._best_up_to(resumable_from)}
+        needed = {self.best, *map(self._best_up_to, (0, *resumable_from))}
         self._kept.keep_only([kept for kept in needed if kept is not None])
         # Last: what is in the record has its weights on disk.
         self._record.log(
@@ -234,6 +240,22 @@ class Checks:
             stopped.set()
 
 
+def read_checks(root: Path, start: str) -> dict[int, Check]:
+    """The checks of a start by step, as far as its run has come."""
+    lines = read_metrics(root, f"check/{start}")
+    return {line["step"]: _read(line["values"], "check/") for line in lines}
+
+
+def read_left(root: Path, start: str) -> Check | None:
+    """How the model drove that a start was left with; None before it is done, or unchecked."""
+    file = root / "metrics.json"
+    summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = summary.get(f"check/{start}")
+    if found is None:
+        return None
+    return _read(found, "mean_" if found["left"] == "mean" else "best_")
+
+
 class _Stopped(Exception):  # noqa: N818 - nobody sees it
     """The loop that wanted to know has ended."""
 
@@ -242,6 +264,7 @@ def _values(check: Check, prefix: str) -> dict[str, float]:
     return {
         f"{prefix}delay_s": check.delay_s,
         f"{prefix}gridlocks": float(check.gridlocks),
+        f"{prefix}invalid_share": check.invalid_share,
         **{f"{prefix}delay_s/{name}": d for name, d in check.scenario_delay_s.items()},
     }
 
@@ -253,4 +276,6 @@ def _read(values: Mapping[str, Any], prefix: str) -> Check:
         delay_s=values[f"{prefix}delay_s"],
         gridlocks=int(values[f"{prefix}gridlocks"]),
         scenario_delay_s={k.removeprefix(each): v for k, v in values.items() if k.startswith(each)},
+        # Folders of before it was counted do not have it.
+        invalid_share=values.get(f"{prefix}invalid_share", 0.0),
     )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from envs.errors import UserError
+from rl_ft.cluster_cli import cluster
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +47,7 @@ app = typer.Typer(
 
 data = typer.Typer(help="Look after datasets.", no_args_is_help=True)
 app.add_typer(data, name="data")
+app.add_typer(cluster)
 
 Recipe = Annotated[
     str | None,
@@ -60,14 +62,12 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that wa
 Seed = Annotated[int | None, typer.Option(help="Seed of data, model and training.")]
 
 
-class InterruptedRun(Exception):  # noqa: N818 - the user's wish, not an error
-    """Ctrl-C during a run; the message says how to go on."""
-
-
 def main() -> None:
     """Entry point of the `rl-ft` command."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    from rl_ft.ending import InterruptedRun, named_cause
+
     try:
         app()
     except KeyboardInterrupt:
@@ -79,23 +79,6 @@ def main() -> None:
         status = {UserError: 2, InterruptedRun: 130}
         code = next((c for kind, c in status.items() if isinstance(named, kind)), 1)
         _end(str(named), code)
-
-
-def named_cause(error: BaseException) -> Exception | None:
-    """The error of ours behind an exception, if there is one, however Ray has wrapped it."""
-    pending, seen = [error], set[int]()
-    while pending:
-        candidate = pending.pop(0)
-        if id(candidate) in seen:
-            continue
-        seen.add(id(candidate))
-        if isinstance(candidate, Exception) and _is_ours(type(candidate)):
-            return candidate
-        inner = [getattr(candidate, name, None) for name in ("cause", "_base_exc", "__cause__")]
-        inner += [getattr(candidate, "controller_failure", None)]
-        inner += getattr(candidate, "worker_failures", {}).values()
-        pending += [other for other in inner if isinstance(other, BaseException)]
-    return None
 
 
 @app.command()
@@ -314,32 +297,15 @@ def _run_folder(
     command: str,
 ) -> Iterator[RunFolder]:
     """The run folder, locked, with its log; however the work ends is noted there."""
-    from rl_ft.monitor import run_log
+    from rl_ft.ending import noted_ending
     from rl_ft.recipe import DEFAULT_RECIPE
     from rl_ft.run_folder import RunFolder
 
     place = out or Path("runs") / Path(recipe or DEFAULT_RECIPE).stem
     config = _config(recipe, overrides, seed, base=place if resume else None)
     folder = RunFolder.create(place, config, resume=resume)
-    ending = "failed"
-    try:
-        with run_log(folder.path("run.log")):
-            try:
-                yield folder
-                ending = "finished"
-            except KeyboardInterrupt as interrupt:
-                ending = "interrupted"
-                again = f"rl-ft {command} --out {place} --resume"
-                raise InterruptedRun(f"interrupted; to go on: {again}") from interrupt
-            except Exception as error:
-                named = named_cause(error)
-                sentence = (str(named or error).splitlines() or [""])[0]
-                ending = f"{type(named or error).__name__}: {sentence}"
-                # To the file only: main() tells the user.
-                logging.getLogger("run").error(ending, exc_info=named is None)
-                raise
-    finally:
-        folder.finish(ending)
+    with noted_ending(folder, again=f"rl-ft {command} --out {place} --resume"):
+        yield folder
 
 
 def _evaluate_named(
@@ -354,9 +320,9 @@ def _evaluate_named(
 ) -> None:
     from typing import get_args
 
-    from rl_ft.config import Controller
     from rl_ft.monitor import run_log
     from rl_ft.recipe import nearest
+    from rl_ft.sections import Controller
 
     known = get_args(Controller)
     for name in controllers:
@@ -381,11 +347,6 @@ def _evaluate_named(
             baseline=baseline,
             config=config,
         )
-
-
-def _is_ours(kind: type) -> bool:
-    """Defined in this project; Ray's own mixture of two classes is not."""
-    return kind.__module__.split(".")[0] in ("envs", "rl_ft")
 
 
 def _console() -> Console:

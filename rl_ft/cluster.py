@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from envs.errors import UserError
 from rl_ft.config import Config
 from rl_ft.progress import Progress
 
+if TYPE_CHECKING:
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
 Result = TypeVar("Result")
+
+RESERVE_S = 300.0
+"""How long a cluster may take to make room; a launcher may be starting nodes."""
+
+ROOM_ATTEMPTS = 10
+"""How often Ray Train looks for room for its workers, a minute each; by default for ever."""
+
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it for what runs as a job, and for nothing else."""
 
 OBJECT_STORE_BYTES = 2**30
 """Of a private cluster: groups and weights of a laptop's run are far smaller."""
@@ -20,18 +36,21 @@ OBJECT_STORE_BYTES = 2**30
 
 def gpu_share(num_holders: int) -> float:
     """GPUs for each of so many that work at once, in the running session: a whole one where there
-    are enough, else an equal part of one; 0 without any."""
+    are enough, else the part of one that as few as possible share; 0 without any."""
     import ray
 
     gpus = ray.cluster_resources().get("GPU", 0.0)
     if gpus == 0:
         return 0.0
-    return 1.0 if gpus >= num_holders else 1.0 / num_holders
+    return 1.0 / math.ceil(num_holders / gpus)
 
 
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Connected to Ray inside; a session that is already open is used and left open."""
+    """Connected to Ray inside; a session that is already open is used and left open.
+
+    In a Ray job, and without `ray.address`, that is the cluster that runs the job.
+    """
     # Under `uv run`, Ray would start its workers through uv, in another environment.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -42,10 +61,12 @@ def ray_session(config: Config) -> Iterator[None]:
         yield
         return
     settings = config.ray
-    if settings.address is None:
-        # Nobody collects a private cluster's metrics, and the thread that exports them can crash
-        # its process (Ray 2.60: a segmentation fault in TemporalMetricStorage::buildMetrics).
-        os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    address = settings.address or ("auto" if JOB_VARIABLE in os.environ else None)
+    if address is None:
+        if not config.exports_ray_metrics:
+            # The thread that exports them can crash its process (Ray 2.60: a segmentation fault in
+            # TemporalMetricStorage::buildMetrics), and hardly anybody collects a private cluster's.
+            os.environ.setdefault("RAY_enable_metrics_collection", "0")
         with Progress("starting Ray"):
             ray.init(
                 address="local",
@@ -56,11 +77,74 @@ def ray_session(config: Config) -> Iterator[None]:
                 configure_logging=False,
             )
     else:
-        ray.init(address=settings.address, log_to_driver=False, configure_logging=False)
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+class Places:
+    """Room for actors, reserved together: on few nodes (PACK) or on many (SPREAD).
+
+    Example:
+        places = Places([{"CPU": 0.5}] * 4, strategy="SPREAD")
+        Worker.options(num_cpus=0.5, scheduling_strategy=places[0]).remote()
+
+    `holder` is the folder of whose run they are.
+
+    Raises:
+        UserError: the cluster did not have as much within `RESERVE_S`.
+    """
+
+    def __init__(
+        self, bundles: Sequence[dict[str, float]], *, strategy: str, holder: str = ""
+    ) -> None:
+        import ray
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        name = f"{holder}#{uuid.uuid4().hex}"
+        self._group = placement_group(list(bundles), strategy=strategy, name=name)
+        self._num_taken = len(bundles)
+        if not self._group.wait(RESERVE_S):
+            remove_placement_group(self._group)
+            wanted = Counter[str]()
+            for bundle in bundles:
+                wanted.update(bundle)
+            free = ray.available_resources()
+            named = ", ".join(
+                f"{amount:g} {kind} (free: {free.get(kind, 0):g})"
+                for kind, amount in wanted.items()
+            )
+            raise UserError(
+                f"the cluster had no room for {named} within {RESERVE_S:g} s: wait for other jobs, "
+                "add nodes, or lower ray.num_world_actors, ray.num_generators and cpus_per_*"
+            )
+
+    def __getitem__(self, index: int) -> PlacementGroupSchedulingStrategy:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return PlacementGroupSchedulingStrategy(
+            placement_group=self._group, placement_group_bundle_index=index
+        )
+
+    def release(self) -> None:
+        """One of the places is needed no more; with the last one the room is given back."""
+        from ray.util.placement_group import remove_placement_group
+
+        self._num_taken -= 1
+        if not self._num_taken:
+            remove_placement_group(self._group)
+
+
+def take_back(folder: str) -> None:
+    """Give the room back that runs in a folder hold: they were killed, and Ray keeps it for them as
+    long as the session lives."""
+    from ray.util import get_placement_group, placement_group_table, remove_placement_group
+
+    for group in placement_group_table().values():
+        if group["name"].startswith(folder) and group["state"] != "REMOVED":
+            remove_placement_group(get_placement_group(group["name"]))
 
 
 def in_thread(work: Callable[[], Result], name: str) -> Future[Result]:

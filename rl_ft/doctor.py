@@ -130,9 +130,7 @@ def ray_resources(config: Config) -> Check:
     """A Ray session starts and has room for every actor of the loop."""
     from rl_ft.cluster import ray_session
 
-    settings = config.ray
-    worlds = settings.num_world_actors * settings.cpus_per_world_actor
-    needed = worlds + settings.cpus_per_generator + settings.cpus_per_learner
+    needed = config.ray.cpus_wanted
     with ray_session(config):
         import ray
 

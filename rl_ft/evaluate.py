@@ -6,6 +6,7 @@ never looks at these numbers.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from envs.errors import UserError
 from envs.metrics import gridlock_rate, paired_difference, summarise
 from envs.scenario import expand
 from rl_ft.closed_loop import Ask, Episode, Job, play_controller, play_model
-from rl_ft.cluster import gpu_share, ray_session
+from rl_ft.cluster import ray_session
 from rl_ft.config import Config
 from rl_ft.monitor import write_summary
 from rl_ft.progress import Progress
@@ -169,30 +170,29 @@ def _sampler(config: Config, models: dict[str, Path]) -> Iterator[Callable[[Path
         for path in models.values()
     }
     with ray_session(config):
-        import ray
+        from rl_ft.actors import RemoteAsk, start_generators
+        from rl_ft.crew import Samplers
 
-        from rl_ft.actors import RemoteAsk, start_generator
+        engines: dict[str, Samplers] = {}
 
-        engines: dict[str, Any] = {}
-
-        def engine_for(path: Path) -> Any:
+        def engine_for(path: Path) -> Samplers:
             architecture = (path / "config.json").read_text(encoding="utf-8")
             if architecture not in engines:
                 while engines:
-                    ray.kill(engines.popitem()[1])
-                engines[architecture] = start_generator(config, str(path), num_gpus=gpu_share(1))
+                    engines.popitem()[1].close()
+                engines[architecture] = start_generators(config, str(path))
             return engines[architecture]
 
         def ask_as(path: Path, own: Config) -> Ask:
-            generator = engine_for(path)
-            ray.get(generator.load_folder.remote(str(path)))
-            return RemoteAsk(generator, renderers[path], own)
+            samplers = engine_for(path)
+            asyncio.run(samplers.load_folder(str(path)))
+            return RemoteAsk(samplers, renderers[path], own)
 
         try:
             yield ask_as
         finally:
             for engine in engines.values():
-                ray.kill(engine)
+                engine.close()
 
 
 def _row(episode: Episode, splits: dict[str, str]) -> Row:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from rl_ft.config import Config
 from rl_ft.render import Renderer
+from rl_ft.series import ENGINE
 from rl_ft.types import Completion
 from rl_ft.weights import check_complete, checkpoint_shapes
 
@@ -60,7 +61,7 @@ class Generator:
             skip_tokenizer_init=True,
             # Not the model's own top_p and the like: the log-probs feed a ratio.
             generation_config="vllm",
-            disable_log_stats=True,
+            disable_log_stats=not (config.monitor.engine and config.exports_ray_metrics),
             **_engine_settings(config, cuda=cuda),
         )
 
@@ -119,6 +120,17 @@ class Generator:
         del self._llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+    def engine_figures(self) -> dict[str, float]:
+        """What vLLM counts, by its own names: running requests, tokens so far, the share of the
+        key-value cache. From any thread; empty unless `monitor.engine` is set."""
+        if not self._llm.llm_engine.log_stats:
+            return {}
+        return {
+            metric.name.removeprefix("vllm:"): float(metric.value)
+            for metric in self._llm.get_metrics()
+            if metric.name.removeprefix("vllm:") in ENGINE
+        }
 
     def _reload(self, state_dict: Mapping[str, Tensor]) -> None:
         # The full state dict, the head included: a dropped tied head would keep its old values.

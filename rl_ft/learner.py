@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from envs.errors import UserError
 from rl_ft.buffer import TrainingEnded
+from rl_ft.checkpoints import latest_checkpoint
+from rl_ft.cluster import ROOM_ATTEMPTS
 from rl_ft.config import Config
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ SHARED_WITH_TRL = (
 
 POINTER_FILE = "checkpoint.json"
 """All that a Ray checkpoint holds: where the trainer's own checkpoint is."""
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class TrainConfig(TypedDict):
@@ -64,6 +64,7 @@ class TrainConfig(TypedDict):
     output_dir: str
     """Checkpoints; on storage that every node sees."""
     num_groups: int
+    """Per optimiser step, over all ranks."""
     fetch: Fetch
     publish: Publish
     on_metrics: OnMetrics
@@ -74,14 +75,19 @@ class TrainConfig(TypedDict):
 
 
 def grpo_args(config: Config, *, output_dir: str | Path, num_groups: int) -> GRPOConfig:
-    """TRL's arguments: names that `config.grpo` shares with TRL mean what TRL says they mean."""
+    """TRL's arguments: names that `config.grpo` shares with TRL mean what TRL says they mean.
+
+    `num_groups` are those of all ranks together.
+    """
     import torch
 
     from rl_ft.trainer import GRPOConfig
 
     grpo = config.grpo
-    num_micro_batches = math.ceil(num_groups / grpo.groups_per_micro_batch)
-    groups_per_micro_batch = math.ceil(num_groups / num_micro_batches)
+    in_ranks = torch.distributed.is_initialized()
+    num_own = math.ceil(num_groups / (torch.distributed.get_world_size() if in_ranks else 1))
+    num_micro_batches = math.ceil(num_own / grpo.groups_per_micro_batch)
+    groups_per_micro_batch = math.ceil(num_own / num_micro_batches)
     on_gpu = torch.cuda.is_available()
     return GRPOConfig(
         output_dir=str(output_dir),
@@ -91,7 +97,7 @@ def grpo_args(config: Config, *, output_dir: str | Path, num_groups: int) -> GRP
         **{name: getattr(grpo, name) for name in SHARED_WITH_TRL},
         use_cpu=not on_gpu,
         bf16=on_gpu and config.model.dtype == "bfloat16",
-        ddp_backend=torch.distributed.get_backend() if torch.distributed.is_initialized() else None,
+        ddp_backend=torch.distributed.get_backend() if in_ranks else None,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=False,
         save_strategy="steps",
@@ -141,6 +147,8 @@ def build_trainer(
         before_update=before_update,
         before_checkpoint=before_checkpoint,
         surprise_coef=config.grpo.surprise_coef,
+        num_checkpoints=config.grpo.save_total_limit,
+        adapter_only=config.ray.weight_transport == "adapter",
         peft_config=lora_adapter(config.model.lora),
     )
     use_muon(
@@ -176,23 +184,8 @@ def load_model(
     return model, tokenizer
 
 
-def latest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The checkpoint with the highest step; a folder that was not finished has another name."""
-    folder = Path(output_dir)
-    if not folder.is_dir():
-        return None
-    steps = {int(m[1]): p for p in folder.iterdir() if (m := CHECKPOINT.fullmatch(p.name))}
-    return steps[max(steps)] if steps else None
-
-
-def latest_step(output_dir: str | Path) -> int:
-    """What training would go on from; 0 without a checkpoint."""
-    found = latest_checkpoint(output_dir)
-    return 0 if found is None else int(found.name.removeprefix("checkpoint-"))
-
-
 def train_loop(train_config: TrainConfig) -> None:
-    """What a Ray Train worker runs: build, resume if there is a checkpoint, train to the end."""
+    """What each Ray Train worker runs: build, resume if there is a checkpoint, train to the end."""
     import ray.train
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -238,7 +231,7 @@ def train(trainer: PackedGRPOTrainer, resume_from: Path | None) -> None:
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     except TrainingEnded:
         end = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
-        if not end.exists():
+        if latest_checkpoint(trainer.args.output_dir) != end:
             trainer._save_checkpoint(trainer.model, None)
 
 
@@ -249,11 +242,14 @@ def run_learner(
     num_cpus: float,
     num_gpus: float,
     max_failures: int,
+    num_workers: int = 1,
+    placement_strategy: str = "PACK",
     name: str = "learner",
 ) -> Result:
-    """Train in one Ray Train worker to the end; restart it up to `max_failures` times if it dies.
+    """Train in Ray Train workers to the end, restarted up to `max_failures` times if one dies.
 
-    Blocks. Raises `ray.train.TrainingFailedError` with the worker's cause when it gives up.
+    Blocks. Resources are those of each worker. Raises `ray.train.TrainingFailedError` with the
+    worker's cause when it gives up.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -262,14 +258,17 @@ def run_learner(
         train_loop,
         train_loop_config=dict(train_config),
         scaling_config=ScalingConfig(
-            num_workers=1,
+            num_workers=num_workers,
+            placement_strategy=placement_strategy,
             use_gpu=num_gpus > 0,
             resources_per_worker={"CPU": num_cpus, "GPU": num_gpus},
         ),
         run_config=RunConfig(
             name=name,
             storage_path=str(storage_path),
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(
+                max_failures=max_failures, controller_failure_limit=ROOM_ATTEMPTS
+            ),
         ),
     )
     return trainer.fit()

@@ -15,7 +15,8 @@ from envs.answers import act, answer_texts
 from envs.controllers import CONTROLLERS
 from envs.naming import as_told, in_world, retold
 from envs.types import Action
-from rl_ft.config import Config, Teacher
+from rl_ft.config import Config
+from rl_ft.sections import Teacher
 from rl_ft.states import DecisionState, reward_weights
 
 Row = dict[str, Any]

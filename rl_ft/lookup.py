@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 
 from rl_ft.states import DecisionState
-from rl_ft.worlds import Order, State, Trial, Tried
+from rl_ft.worlds import Order, Standing, State, Trial, Tried
 
 
 class LookupPool:
@@ -37,9 +37,21 @@ class LookupPool:
     def settle(self, orders: Sequence[Order | None]) -> list[Tried | None]:
         """What each trial led to."""
         return [
-            _look_up(state, order) if isinstance(order, Trial) else None
-            for state, order in zip(self._asked, orders, strict=True)
+            _look_up(self._asked[i], order) if isinstance(order, Trial) else None
+            for i, order in enumerate(orders)
         ]
+
+    def standing(self) -> list[Standing]:
+        """See `WorldPool.standing`; the instants that are ahead are named by their places."""
+        places = {state.id: i for i, state in enumerate(self._states)}
+        ahead = tuple(places[state.id] for state in self._ahead)
+        return [Standing(random_state=self._rng.getstate(), ahead=ahead)]
+
+    def stand(self, standings: Sequence[Standing]) -> None:
+        """See `WorldPool.stand`."""
+        [standing] = standings
+        self._rng.setstate(standing.random_state)
+        self._ahead = [self._states[place] for place in standing.ahead]
 
     def close(self) -> None:
         """Nothing to end."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ import psutil
 
 from rl_ft.progress import console as terminal
 from rl_ft.run_folder import write_atomically
+from rl_ft.sinks import Sinks, TensorBoardSink
 
 GIB = 2**30
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -27,19 +28,20 @@ _OURS = ("rl_ft", "envs")
 class MetricLog:
     """One line per step in `metrics.jsonl`, on disk when `log` returns, and in `tensorboard/`.
 
+    Other sinks are told the same.
+
     Example of a line:
         {"stage": "grpo", "step": 12, "time_s": 41.2, "values": {"reward/mean": 0.31}}
     """
 
-    def __init__(self, root: Path) -> None:
-        from tensorboard.summary import Writer
-
+    def __init__(self, root: Path, sinks: Sinks | None = None) -> None:
         root.mkdir(parents=True, exist_ok=True)
         self._file = root / "metrics.jsonl"
         _drop_torn_line(self._file)
         self._lines = self._file.open("a", encoding="utf-8")
         self._start = time.monotonic()
-        self._board = Writer(str(root / "tensorboard"))
+        self._board = TensorBoardSink(root / "tensorboard")
+        self._sinks = sinks or Sinks()
 
     def __enter__(self) -> MetricLog:
         return self
@@ -63,14 +65,13 @@ class MetricLog:
         }
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
-        for key, value in numbers.items():
-            self._board.add_scalar(f"{stage}/{key}", value, step)
-        self._board.flush()
+        self._board.log(stage, step, numbers)
+        self._sinks.log(stage, step, numbers)
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget the stage's steps after `step`: a resumed run makes them again.
 
-        TensorBoard is not rewound; it shows both.
+        TensorBoard and other sinks are not rewound; they show both.
         """
         kept = [
             line
@@ -82,7 +83,7 @@ class MetricLog:
         self._lines = self._file.open("a", encoding="utf-8")
 
     def close(self) -> None:
-        """End both; nothing may be logged afterwards."""
+        """End both files; nothing may be logged afterwards. Other sinks are their owner's."""
         self._lines.close()
         self._board.close()
 
@@ -100,6 +101,26 @@ def read_metrics(root: Path, stage: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["stage"] == stage]
 
 
+class Relay:
+    """Tells sinks what another process writes into the record of some stages."""
+
+    def __init__(self, root: Path, stages: Sequence[str], sinks: Sinks) -> None:
+        self._root, self._sinks = root, sinks
+        self._told = dict.fromkeys(stages, 0)
+
+    def __call__(self) -> dict[str, list[dict[str, Any]]]:
+        """Tell what is new since the last call; returns the whole record of each stage."""
+        record = {stage: read_metrics(self._root, stage) for stage in self._told}
+        for stage, lines in record.items():
+            told = self._told[stage]
+            # A stage that begins anew has fewer.
+            for line in lines[min(told, len(lines)) :]:
+                values = {k: v for k, v in line["values"].items() if v is not None}
+                self._sinks.log(stage, line["step"], values)
+            self._told[stage] = len(lines)
+        return record
+
+
 def write_summary(root: Path, section: str, values: Mapping[str, Any]) -> None:
     """Set one section of `metrics.json`, the run's final figures; the others stay."""
     file = root / "metrics.json"
@@ -114,17 +135,21 @@ class LoadSampler:
     def __init__(self) -> None:
         self._process = psutil.Process()
         psutil.cpu_percent()
+        self._time_s = time.monotonic()
         self._core_s, _ = self._tree()
 
     def sample(self) -> dict[str, float]:
         """Since the last call the share of the cores that were busy (1 = every one) and the
-        core-seconds of this process tree; and memory now."""
+        core-seconds of this process tree, also as cores on average; and memory now."""
         memory = psutil.virtual_memory()
-        before = self._core_s
+        before, before_s = self._core_s, self._time_s
         self._core_s, resident = self._tree()
+        self._time_s = time.monotonic()
+        core_s = self._core_s - before
         return {
             "system/cpu_share": psutil.cpu_percent() / 100,
-            "system/processes_core_s": self._core_s - before,
+            "system/processes_core_s": core_s,
+            "system/processes_cores": core_s / max(self._time_s - before_s, 1e-3),
             "system/memory_used_gib": (memory.total - memory.available) / GIB,
             "system/processes_memory_gib": resident / GIB,
         }

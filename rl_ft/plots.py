@@ -75,6 +75,18 @@ class Checked:
     gridlocks: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tried:
+    """A trial of a sweep: what it was set to, its checks, and the delay that counts, if any."""
+
+    name: str
+    settings: Mapping[str, Any]
+    checks: tuple[Checked, ...]
+    delay_s: float | None
+    gridlocks: int
+    is_finished: bool
+
+
 def colour(policy: str) -> str:
     """The policy's colour, readable on white and on near-black."""
     known = _COLOURS.get(policy)
@@ -212,6 +224,67 @@ def check_curve(series: Mapping[str, Sequence[Checked]], *, reference_s: float, 
     axes.grid(color=GRID, lw=0.6)
     axes.set_xlabel("optimiser step")
     return _svg(figure, name, "Delay of the checks over optimiser steps")
+
+
+def sweep_picture(trials: Sequence[Tried], *, keys: Sequence[str]) -> bytes:
+    """A PNG: delay over steps for every trial, then the delay that counts over each swept key.
+
+    Hollow dots were stopped early, crosses had a gridlock; what is far beyond the others lies at
+    the upper edge.
+    """
+    from matplotlib.figure import Figure
+
+    flowing = sorted(c.delay_s for trial in trials for c in trial.checks if not c.gridlocks)
+    everything = sorted(c.delay_s for trial in trials for c in trial.checks)
+    typical = (flowing or everything)[len(flowing or everything) // 2]
+    top = min(2.5 * typical, max(flowing or everything) * 1.05)
+    columns = min(3, 1 + len(keys))
+    rows = math.ceil((1 + len(keys)) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.1 * rows), layout="constrained", dpi=130)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    over_steps = next(panels)
+    over_steps.set_xlabel("optimiser step")
+    over_steps.set_ylabel("delay in the closed loop, s per vehicle")
+    for trial in trials:
+        steps = [check.step for check in trial.checks]
+        delays = [min(check.delay_s, top) for check in trial.checks]
+        (line,) = over_steps.plot(steps, delays, lw=1.2, label=trial.name)
+        for check, delay_s in zip(trial.checks, delays, strict=True):
+            marker = "X" if check.gridlocks else "o"
+            over_steps.plot([check.step], [delay_s], marker, ms=4, color=line.get_color())
+    if len(trials) <= 12:
+        over_steps.legend(title="trial", fontsize=7, title_fontsize=7)
+    for key in keys:
+        _over_key(next(panels), key, [t for t in trials if t.delay_s is not None], top)
+    for panel in panels:
+        panel.set_axis_off()
+    for panel in figure.axes:
+        panel.grid(color="#e3e6ea", lw=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def _over_key(axes: Axes, key: str, trials: Sequence[Tried], top: float) -> None:
+    values = [trial.settings[key] for trial in trials]
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    labels = list(dict.fromkeys(map(str, values)))
+    if len(numbers) < len(values):
+        axes.set_xticks(range(len(labels)), labels)
+    elif numbers and 0 < min(numbers) < max(numbers) / 8:
+        axes.set_xscale("log")
+    for trial, value in zip(trials, values, strict=True):
+        at = value if len(numbers) == len(values) else labels.index(str(value))
+        hue = colour("grpo:max_pressure")
+        axes.plot(
+            [at],
+            [min(trial.delay_s or 0.0, top)],
+            "X" if trial.gridlocks else "o",
+            color=hue,
+            mfc=hue if trial.is_finished else "none",
+        )
+    axes.set_xlabel(key)
 
 
 def stage_bar(rows: Mapping[str, Mapping[str, float]], *, name: str) -> str:

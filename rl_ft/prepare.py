@@ -40,14 +40,19 @@ def prepare_model(config: Config, directory: Path) -> Path:
     Raises:
         UserError: `model.name_or_path` is not `tiny` and not a model folder.
     """
+    require_model(config)
     name = config.model.name_or_path
     if name == "tiny":
         return build_tiny(directory, config=config.model.tiny, seed=config.seed)
-    source = Path(name)
-    if not (source / "config.json").is_file():
+    shutil.copytree(Path(name), directory, dirs_exist_ok=True)
+    return directory
+
+
+def require_model(config: Config) -> None:
+    """See `prepare_model`; without doing anything yet."""
+    name = config.model.name_or_path
+    if name != "tiny" and not (Path(name) / "config.json").is_file():
         raise UserError(
             f"model.name_or_path is {name!r}: expected 'tiny' or a folder with config.json, "
             "weights and tokenizer; download a Hugging Face model to a folder first"
         )
-    shutil.copytree(source, directory, dirs_exist_ok=True)
-    return directory

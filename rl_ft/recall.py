@@ -2,18 +2,18 @@
 
 To simulate is what costs; to ask is cheap. Where every legal phase of an instant was branched, the
 reward of any answer is known, so the policy of a later step can be asked about it anew: what it
-gives is sampled then, and only the choice of the instant is an earlier policy's. Nothing of it is
-saved: a resumed run begins with none.
+gives is sampled then, and only the choice of the instant is an earlier policy's.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from envs.answers import options
 from envs.types import Decision
-from rl_ft.worlds import Tried
+from rl_ft.worlds import RandomState, Tried
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +49,21 @@ class Recall:
         self._num_waiting = num_waiting
         self._rng = random.Random(seed)
         self._waiting: list[Instant] = []
+
+    @property
+    def waiting(self) -> tuple[Instant, ...]:
+        """All that were added and not drawn."""
+        return tuple(self._waiting)
+
+    @property
+    def random_state(self) -> RandomState:
+        """What the next draws depend on."""
+        return self._rng.getstate()
+
+    def restore(self, random_state: RandomState, waiting: Sequence[Instant]) -> None:
+        """Go on from where another one was."""
+        self._rng.setstate(random_state)
+        self._waiting = list(waiting)
 
     def add(self, instant: Instant) -> None:
         """To be told once more."""

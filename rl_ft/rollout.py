@@ -49,8 +49,8 @@ class Tally:
 
     counts: Counter[str] = field(default_factory=Counter)
     """groups, new, driven, zero_variance, failed, agreed, disagreed and failed/<cause>; of what the
-    policy gave completions, strict, partial, invalid and distinct; and how many of the groups'
-    answers are counterfactual."""
+    policy gave completions, strict, partial, invalid and distinct; how many of the groups'
+    answers are counterfactual; sampled_tokens, and branches, the actions that were tried out."""
     sums: Counter[str] = field(default_factory=Counter)
     """reward with its parts format_reward and traffic_reward; gain_veh_s and regret_veh_s of new
     instants; and seconds by stage."""
@@ -176,6 +176,9 @@ async def _round(
     ways = [tell(decision, rng) for decision in driving]
     observed = time.perf_counter()
     asked, driven = await ask(told, ways, generate, render, config, seed=seed)
+    tally.counts["sampled_tokens"] += sum(
+        len(completion.token_ids) for one in (*asked, *driven) for completion in one.completions
+    )
     if config.rollout.counterfactuals:
         asked = [with_counterfactuals(question, rng) for question in asked]
     generated = time.perf_counter()
@@ -183,6 +186,7 @@ async def _round(
     by_world = [next(fresh) if isinstance(state, Decision) else None for state in states]
     orders = _orders(states, by_world, driven, tellings=config.rollout.tellings)
     tried = await worlds.settle(orders) if worlds else []
+    tally.counts["branches"] += sum(len(answer.outcomes) for answer in tried if answer)
     tally.sums.update(
         observe_s=observed - start,
         generate_s=generated - observed,
@@ -333,6 +337,8 @@ def metrics(tally: Tally) -> dict[str, float]:
         "health/branch_disagreements": float(counts["disagreed"]),
         "rollout/groups": float(counts["groups"]),
         "rollout/new_instants": float(counts["new"]),
+        "rollout/sampled_tokens": float(counts["sampled_tokens"]),
+        "rollout/branches": float(counts["branches"]),
         "rollout/counterfactual_share": counts["counterfactual"] / answers,
         "time/observe_s": sums["observe_s"],
         "time/generate_s": sums["generate_s"],

@@ -19,18 +19,21 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rl_ft.admission import Admission, staleness
 from rl_ft.check import Checks
+from rl_ft.checkpoints import checkpoint_steps, latest_checkpoint
 from rl_ft.cluster import gpu_share, in_thread, ray_session
 from rl_ft.config import Config
 from rl_ft.dataset import read_lessons
+from rl_ft.figures import rates, shown
 from rl_ft.health import HealthMonitor
 from rl_ft.lineage import Lineage
+from rl_ft.memory import Memories, Memory
 from rl_ft.monitor import LoadSampler, MetricLog
 from rl_ft.parity import UNKNOWN, MismatchGate, ParityError
 from rl_ft.progress import Progress
@@ -38,9 +41,13 @@ from rl_ft.recall import Recall
 from rl_ft.render import Renderer
 from rl_ft.rollout import Collected, Score, Tally, collect_groups, metrics
 from rl_ft.run_folder import RunFolder
+from rl_ft.sinks import open_sinks
 from rl_ft.snapshots import Snapshots, is_averaged
 from rl_ft.types import Publication, RolloutGroup, WeightsRef
 from rl_ft.worlds import shares
+
+if TYPE_CHECKING:
+    from rl_ft.crew import RemoteWorlds, Samplers
 
 log = logging.getLogger(__name__)
 
@@ -56,17 +63,23 @@ def train_grpo(config: Config, folder: RunFolder) -> None:
     starts = [s for s in config.prepare.teachers if not folder.stage_done(f"grpo/{s}")]
     if not starts:
         return
-    with ray_session(config), MetricLog(folder.root) as record:
+    with (
+        ray_session(config),
+        open_sinks(config, folder.root) as sinks,
+        MetricLog(folder.root, sinks) as record,
+    ):
         from rl_ft.actors import start_actors
 
         model = str(folder.path("sft", starts[0]))
-        worlds, generator = start_actors(config, model, folder.path("data"))
-        for start in starts:
-            loop = GrpoLoop(config, folder, start, worlds, generator, record)
-            asyncio.run(loop.run())
-            folder.mark_done(f"grpo/{start}")
-            loop.forget()
-        _stop(worlds, generator)
+        worlds, samplers = start_actors(config, model, folder.path("data"))
+        try:
+            for start in starts:
+                loop = GrpoLoop(config, folder, start, worlds, samplers, record)
+                asyncio.run(loop.run())
+                folder.mark_done(f"grpo/{start}")
+                loop.forget()
+        finally:
+            _stop(worlds, samplers)
 
 
 class GrpoLoop:
@@ -77,18 +90,18 @@ class GrpoLoop:
         config: Config,
         folder: RunFolder,
         start: str,
-        worlds: Sequence[Any],
-        generator: Any,
+        worlds: Sequence[RemoteWorlds],
+        samplers: Samplers,
         record: MetricLog,
         *,
         score: Score | None = None,
     ) -> None:
-        from rl_ft.actors import BufferActor, RemoteAsk
+        from rl_ft.actors import RemoteAsk, start_buffer
 
         self._config, self._folder, self._record = config, folder, record
         self._stage = f"grpo/{start}"
         self._model_path = str(folder.path("sft", start))
-        self._worlds, self._generator = worlds, generator
+        self._worlds, self._samplers = worlds, samplers
         self._score = score
         self._quotas = shares(config.rollout.num_groups, len(worlds))
         self._recalls: list[Recall] = []
@@ -97,7 +110,7 @@ class GrpoLoop:
             fence_steps=config.grpo.save_steps,
             num_steps=config.grpo.max_steps,
         )
-        self._buffer = BufferActor.remote(self._admission)
+        self._buffer = start_buffer(self._admission)
         self._health = HealthMonitor(config)
         self._load = LoadSampler()
         self._renderer = Renderer(
@@ -105,9 +118,10 @@ class GrpoLoop:
         )
         self._pending: dict[int, dict[str, float]] = {}
         self.lineage = Lineage(config.rollout.max_staleness)
+        self._memories = Memories(folder.path(self._stage, "memory"))
         self.snapshots = Snapshots(folder.path(self._stage, "snapshots"))
         self._checks = Checks(
-            config, folder, start, RemoteAsk(generator, self._renderer, config), record
+            config, folder, start, RemoteAsk(samplers, self._renderer, config), record
         )
         self._progress = Progress(self._stage, total=config.grpo.max_steps, unit="steps")
         self._steps_start = time.perf_counter()
@@ -127,6 +141,7 @@ class GrpoLoop:
         """The weights that were kept on the way are needed no more."""
         self.snapshots.clear()
         self._checks.forget()
+        self._memories.keep_only(())
 
     async def _train(self) -> None:
         await self._check_parity()
@@ -135,11 +150,11 @@ class GrpoLoop:
         while (published := await self._next_weights(number, learner)) is not None:
             number, ref = published.number, published.weights
             # Meanwhile the worlds are observed; what samples waits for it.
-            loading = self._generator.load.remote(ref)
+            loading = asyncio.ensure_future(self._samplers.load(ref))
             self.lineage.load(ref)
             await self._take_metrics()
             if published.begins:
-                self._go_on_from(ref)
+                await self._go_on_from(ref)
                 next_step = ref.version
             if await self._is_last(ref, loading):
                 await loading
@@ -161,7 +176,7 @@ class GrpoLoop:
             await self._take_metrics()
         ended.result()
 
-    def _go_on_from(self, ref: WeightsRef) -> None:
+    async def _go_on_from(self, ref: WeightsRef) -> None:
         """A learner has begun, or begun again: what comes after its checkpoint is made anew."""
         self._record.rewind(self._stage, ref.version)
         self.snapshots.rewind(ref.version)
@@ -173,6 +188,20 @@ class GrpoLoop:
             Recall(seed=self._config.seed * 1_000 + i, num_waiting=round(steps * quota))
             for i, quota in enumerate(self._quotas)
         ]
+        memory = self._memories.get(ref.version, num_parts=len(self._worlds))
+        if memory is not None:
+            memory.restore(self._recalls)
+            await asyncio.gather(
+                *(w.stand(s) for w, s in zip(self._worlds, memory.standings, strict=True))
+            )
+        elif ref.version == 0:
+            await self._remember(0)
+        else:
+            log.warning(
+                "%s: where worlds stood at step %d is not known, they begin anew",
+                self._stage,
+                ref.version,
+            )
         log.info(
             "%s: from step %d of %d, weights %s",
             self._stage,
@@ -181,17 +210,24 @@ class GrpoLoop:
             ref.digest[:12],
         )
 
+    async def _remember(self, version: int) -> None:
+        """What a run must know to go on from this version; before its checkpoint is written."""
+        standings = await asyncio.gather(*(worlds.standing() for worlds in self._worlds))
+        self._memories.add(version, Memory.of(standings, self._recalls))
+        checkpoints = self._folder.path(self._stage, "checkpoints")
+        self._memories.keep_only({0, version, *checkpoint_steps(checkpoints)})
+
     async def _collect(self, step: int, number: int, loading: Awaitable[None]) -> None:
         """The groups of one step, admitted to the buffer, under publication `number`, whose weights
         the sampler is loading."""
-        from rl_ft.actors import RemoteGenerate, RemoteWorlds
+        from rl_ft.actors import RemoteGenerate
 
         started = time.perf_counter()
-        generate = RemoteGenerate(self._generator, self._config, after=loading)
+        generate = RemoteGenerate(self._samplers, self._config, after=loading)
         parts: list[Collected] = await asyncio.gather(
             *(
                 collect_groups(
-                    RemoteWorlds(actor),
+                    worlds,
                     generate,
                     self._renderer,
                     self._config,
@@ -200,7 +236,7 @@ class GrpoLoop:
                     score=self._score,
                     recall=recall,
                 )
-                for i, (actor, quota, recall) in enumerate(
+                for i, (worlds, quota, recall) in enumerate(
                     zip(self._worlds, self._quotas, self._recalls, strict=True)
                 )
             )
@@ -214,6 +250,7 @@ class GrpoLoop:
             **metrics(tally),
             **staleness(step, groups),
             "time/sync_s": sync_s,
+            "time/sampler_s": generate.busy_s,
             "time/rollout_s": time.perf_counter() - started - sync_s,
         }
         values["time/generate_s"] -= sum(generate.waited_s)
@@ -245,13 +282,14 @@ class GrpoLoop:
         suspects = self.lineage.suspects(step)
         cause = UNKNOWN
         for earlier in suspects.earlier:
-            cause = await self._generator.diagnose.remote(
+            causes = await self._samplers.diagnose(
                 self._model_path,
                 suspects.claimed,
                 earlier,
                 suspects.groups,
                 self._config.parity.max_logprob_diff,
             )
+            cause = next((found for found in causes if found != UNKNOWN), UNKNOWN)
             if cause != UNKNOWN:
                 break
         raise ParityError(cause, why)
@@ -269,9 +307,12 @@ class GrpoLoop:
                 "time/step_s": now - self._steps_start,
             }
             self._steps_start = now
+            values |= rates(values)
             self._record.log(self._stage, step, values)
+            if step % self._config.grpo.save_steps == 0:
+                await self._remember(step)
             await self._buffer.confirm.remote(step)
-            self._progress.update(step, **_figures(values, self._checks.latest))
+            self._progress.update(step, **shown(values, self._checks.latest))
             self._progress.say()
             self._health.observe(step, {"entropy": learned["entropy"]})
 
@@ -282,22 +323,25 @@ class GrpoLoop:
         prompts = [
             self._renderer.prompt_ids(row.prompt) for row in rows[: self._config.parity.num_prompts]
         ]
-        report = await self._generator.check_parity.remote(
+        reports = await self._samplers.check_parity(
             self._model_path,
             prompts,
             self._config.grpo.max_completion_length,
             self._config.parity.max_logprob_diff,
         )
-        log.info("%s: trainer and sampler agree: %s", self._stage, report)
+        for report in reports:
+            log.info("%s: trainer and sampler agree: %s", self._stage, report)
 
     def _start_learner(self) -> Future[Any]:
         """Ray Train in a thread of its own; a daemon, so that a failed run can end."""
-        from rl_ft.actors import LEARNER_AND_GENERATOR, LearnerLink
+        from rl_ft.actors import LearnerLink
         from rl_ft.learner import TrainConfig, run_learner
 
         parity = self._config.parity
         gate = MismatchGate(parity.max_logprob_diff, stale_bound=parity.max_stale_logprob_diff)
-        link = LearnerLink(self._buffer, gate)
+        adapter_only = self._config.ray.weight_transport == "adapter"
+        base = self._model_path if adapter_only else None
+        link = LearnerLink(self._buffer, gate, base=base)
         train_config = TrainConfig(
             config=self._config.model_dump(mode="json"),
             model_path=self._model_path,
@@ -309,15 +353,20 @@ class GrpoLoop:
             before_update=link.check,
             before_checkpoint=link.await_record,
         )
-        num_gpus = gpu_share(LEARNER_AND_GENERATOR)
+        # What is passed over is to be read in the run's log, not in a worker's.
+        latest_checkpoint(train_config["output_dir"])
+        settings = self._config.ray
+        num_gpus = gpu_share(settings.num_generators + settings.num_learners)
 
         def work() -> Any:
             return run_learner(
                 train_config,
                 storage_path=self._folder.path(self._stage, "ray").absolute(),
-                num_cpus=self._config.ray.cpus_per_learner,
+                num_cpus=settings.cpus_per_learner,
                 num_gpus=num_gpus,
-                max_failures=1,
+                max_failures=settings.max_failures,
+                num_workers=settings.num_learners,
+                placement_strategy=settings.placement_strategy,
             )
 
         return in_thread(work, "learner")
@@ -333,7 +382,6 @@ class GrpoLoop:
         """Check what the sampler loads, keep what the final model is the mean of; is it enough?"""
         import ray
 
-        from rl_ft.learner import latest_step
         from rl_ft.weights import fetch
 
         grpo, version = self._config.grpo, ref.version
@@ -341,7 +389,7 @@ class GrpoLoop:
         if self._checks.is_due(version):
             await loading
             checkpoints = self._folder.path(self._stage, "checkpoints")
-            await self._checks.look(version, weights, resumable_from=latest_step(checkpoints))
+            await self._checks.look(version, weights, resumable_from=checkpoint_steps(checkpoints))
         is_last = version >= grpo.max_steps or self._checks.on_plateau
         if is_last or is_averaged(version, grpo):
             self.snapshots.add(version, weights())
@@ -359,27 +407,13 @@ class GrpoLoop:
         if self._checks.best is None:
             log.info("%s: the model is the mean of versions %s", self._stage, averaged)
             return
-        await self._generator.load_folder.remote(str(target))
+        await self._samplers.load_folder(str(target))
         better = await self._checks.choose(averaged)
         if better is not None:
             save_folder(better, self._model_path, target)
 
 
-def _figures(values: Mapping[str, float], check: str) -> dict[str, str]:
-    """What the progress line says of a step, the most important first."""
-    shown = {
-        "gain_over_max-pressure": ("reward/gain_over_max_pressure_veh_s", "{:.1f} veh s"),
-        "strict": ("format/strict_share", "{:.2f}"),
-        "entropy": ("entropy", "{:.3f}"),
-    }
-    others = {name: f.format(values[key]) for name, (key, f) in shown.items() if key in values}
-    reward = f"{values.get('reward/mean', float('nan')):.2f}"
-    return {"reward": reward, **({"check": check} if check else {}), **others}
-
-
-def _stop(worlds: Sequence[Any], generator: Any) -> None:
-    import ray
-
-    ray.get([actor.close.remote() for actor in worlds])
-    for actor in (*worlds, generator):
-        ray.kill(actor)
+def _stop(worlds: Sequence[RemoteWorlds], samplers: Samplers) -> None:
+    for team in worlds:
+        team.close()
+    samplers.close()

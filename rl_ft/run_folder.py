@@ -41,8 +41,8 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
 }
 """The parts of the configuration that decide what a stage makes, earlier stages' included."""
 
-_MACHINE_SECTIONS = ("ray",)
-"""How the work is placed, not what comes out: these may differ when a run is resumed."""
+_MACHINE_SECTIONS = ("ray", "monitor")
+"""How the work is placed and watched, not what comes out: may differ when a run is resumed."""
 
 _PACKAGES = (
     "rl-ft",
@@ -94,7 +94,7 @@ class RunFolder:
                 "give another --out"
             )
         root.mkdir(parents=True, exist_ok=True)
-        folder = cls(root=root, config=config, _lock=_take_lock(root, path))
+        folder = cls(root=root, config=config, _lock=take_lock(root, path))
         if started:
             folder._accept_started(path, resume=resume)
         write_atomically(root / "config.yaml", _dump(config))
@@ -136,11 +136,20 @@ class RunFolder:
         content = {"config_hash": stage_hash(self.config, stage), "finished": _now()}
         write_atomically(self._marker(stage), json.dumps(content) + "\n")
 
+    @property
+    def ending(self) -> str | None:
+        """How the last start ended; None while it works, or if it was killed."""
+        return self._manifest()["starts"][-1].get("ending")
+
+    def note(self, **facts: Any) -> None:
+        """Write facts about the run's origin into its manifest."""
+        self._write_manifest(self._manifest() | facts)
+
     def finish(self, ending: str) -> None:
         """Write how this start ended (`finished`, `interrupted` or an error) and let go."""
-        manifest = json.loads(self.path("manifest.json").read_text())
+        manifest = self._manifest()
         manifest["starts"][-1] |= {"end": _now(), "ending": ending}
-        write_atomically(self.path("manifest.json"), json.dumps(manifest, indent=2) + "\n")
+        self._write_manifest(manifest)
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -176,13 +185,19 @@ class RunFolder:
                 "leave --recipe, --set and --seed out to resume it, or give another --out"
             )
 
+    def _manifest(self) -> dict[str, Any]:
+        file = self.root / "manifest.json"
+        return json.loads(file.read_text()) if file.is_file() else {"starts": []}
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        write_atomically(self.root / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
     def _note_start(self) -> None:
-        file = self.path("manifest.json")
-        manifest = json.loads(file.read_text()) if file.is_file() else {"starts": []}
+        manifest = self._manifest()
         manifest["seed"] = self.config.seed
         manifest["evaluation_seeds"] = list(range(1, self.config.evaluate.seeds + 1))
         manifest["starts"].append({"command": sys.argv, "start": _now()} | _provenance())
-        write_atomically(file, json.dumps(manifest, indent=2) + "\n")
+        self._write_manifest(manifest)
 
 
 def stage_hash(config: Config, stage: str) -> str:
@@ -255,7 +270,7 @@ def machine() -> dict[str, str | int | float]:
 
 def _provenance() -> dict[str, Any]:
     return {
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "python": platform.python_version(),
         "versions": versions(),
         "sumo": versions().get("eclipse-sumo"),
@@ -263,7 +278,7 @@ def _provenance() -> dict[str, Any]:
     }
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Commit of the source tree, `+changes` if it was edited; what a container image says of itself
     (`RLFT_GIT_COMMIT`); None for an installed package."""
     here = Path(__file__).parent.parent
@@ -280,7 +295,12 @@ def _git_commit() -> str | None:
     return commit.stdout.decode().strip() + ("+changes" if status.stdout.strip() else "")
 
 
-def _take_lock(root: Path, path: str | Path) -> IO[str]:
+def take_lock(root: Path, path: str | Path) -> IO[str]:
+    """The folder's lock, held until it is closed or the process dies.
+
+    Raises:
+        UserError: another process holds it.
+    """
     lock = (root / ".lock").open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError
-from rl_ft.cluster import gpu_share, in_thread, ray_session
+from rl_ft.cluster import ROOM_ATTEMPTS, gpu_share, in_thread, ray_session
 from rl_ft.config import Config
 from rl_ft.dataset import read_lessons
-from rl_ft.monitor import MetricLog, read_metrics
+from rl_ft.monitor import MetricLog, Relay
 from rl_ft.progress import Progress
 from rl_ft.question import write_question
 from rl_ft.render import Renderer
 from rl_ft.rows import SftRow
 from rl_ft.run_folder import RunFolder, replace_folder
+from rl_ft.sinks import open_sinks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -74,9 +75,12 @@ def train_sft(config: Config, folder: RunFolder) -> None:
     if not jobs:
         return
     total = sum(num_steps(config, job) for job in jobs)
-    poll = partial(_follow, jobs=jobs, root=folder.root)
-    with ray_session(config), Progress("sft", total=total, unit="steps", poll=poll):
-        _fit(config, jobs, folder)
+    with ray_session(config), open_sinks(config, folder.root) as sinks:
+        relay = Relay(folder.root, [f"sft/{job.teacher}" for job in jobs], sinks)
+        poll = partial(_follow, relay=relay)
+        with Progress("sft", total=total, unit="steps", poll=poll):
+            _fit(config, jobs, folder)
+        relay()
     for job in jobs:
         log.info("sft/%s: %s", job.teacher, (Path(job.out_dir) / SUMMARY_FILE).read_text())
 
@@ -324,7 +328,7 @@ def _reporter(on_metrics: OnMetrics) -> TrainerCallback:
 
 def _fit(config: Config, jobs: Sequence[TeacherJob], folder: RunFolder) -> None:
     """One Ray Train fit for all jobs, in the running Ray session."""
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     num_gpus = gpu_share(1)
@@ -339,19 +343,26 @@ def _fit(config: Config, jobs: Sequence[TeacherJob], folder: RunFolder) -> None:
         scaling_config=ScalingConfig(
             num_workers=1, use_gpu=num_gpus > 0, resources_per_worker=resources
         ),
-        run_config=RunConfig(name="ray", storage_path=str(folder.path("sft").absolute())),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(folder.path("sft").absolute()),
+            failure_config=FailureConfig(
+                max_failures=config.ray.max_failures, controller_failure_limit=ROOM_ATTEMPTS
+            ),
+        ),
     )
     in_thread(trainer.fit, "sft").result()
 
 
-def _follow(progress: Progress, *, jobs: Sequence[TeacherJob], root: Path) -> None:
+def _follow(progress: Progress, *, relay: Relay) -> None:
     """What the worker has written so far, which may be on another machine."""
     done, figures = 0, {}
-    for job in jobs:
-        lines = [m for m in read_metrics(root, f"sft/{job.teacher}") if "loss" in m["values"]]
+    for stage, record in relay().items():
+        lines = [m for m in record if "loss" in m["values"]]
         if lines:
             done += lines[-1]["step"]
-            figures = {"teacher": job.teacher, "loss": f"{lines[-1]['values']['loss']:.3f}"}
+            teacher = stage.removeprefix("sft/")
+            figures = {"teacher": teacher, "loss": f"{lines[-1]['values']['loss']:.3f}"}
     if done != progress.done:
         progress.update(done, **figures)
 
@@ -364,7 +375,8 @@ def _worker_loop(loop: dict[str, Any]) -> None:
     config = Config.model_validate(loop["config"])
     torch.set_num_threads(config.sft.torch_threads)
     with MetricLog(Path(loop["run_dir"])) as record:
-        for job in loop["jobs"]:
+        # Again after a restart: what it finished before stays.
+        for job in (job for job in loop["jobs"] if not is_complete(Path(job.out_dir))):
             stage = f"sft/{job.teacher}"
             record.rewind(stage, 0)
             summary = fit_teacher(config, job, on_metrics=partial(record.log, stage))

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rl_ft.config import GrpoConfig
+from rl_ft.sections import GrpoConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

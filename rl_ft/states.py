@@ -87,9 +87,14 @@ def collect_states(config: Config) -> list[DecisionState]:
     num_episodes = math.ceil(SPARE * wanted / prepare.states_per_episode)
     jobs = [(scenarios[i % len(scenarios)], config.seed * 100_003 + i) for i in range(num_episodes)]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        episodes = pool.map(lambda job: _episode_states(config, *job), jobs)
-        shown = track(episodes, "decision states", total=len(jobs), unit="episodes")
-        states = [state for part in shown for state in part]
+        try:
+            episodes = pool.map(lambda job: _episode_states(config, *job), jobs)
+            shown = track(episodes, "decision states", total=len(jobs), unit="episodes")
+            states = [state for part in shown for state in part]
+        except BaseException:
+            # Ctrl-C while they are handed out would wait for every one of them.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if len(states) < wanted:
         raise UserError(
             f"the training scenarios gave {len(states)} decision states that matter, "

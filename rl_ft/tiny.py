@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from envs.answers import PIECES
 from envs.dialect import VOCABULARY
-from rl_ft.config import TinyModelConfig
+from rl_ft.sections import TinyModelConfig
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,9 @@ from trl.trainer.utils import use_adapter  # noqa: E402
 
 from envs.errors import UserError  # noqa: E402
 from rl_ft.advantage import with_surprise  # noqa: E402
-from rl_ft.batch import collate, split  # noqa: E402
+from rl_ft.batch import collate, share_of, split  # noqa: E402
+from rl_ft.checkpoints import admit  # noqa: E402
+from rl_ft.merging import adapter_tensors, full_state_dict  # noqa: E402
 from rl_ft.packing import logps_and_entropies, pack, require_packable  # noqa: E402
 from rl_ft.types import RolloutGroup  # noqa: E402
 
@@ -41,9 +42,10 @@ if TYPE_CHECKING:
 
 
 Fetch = Callable[[int], Sequence[RolloutGroup]]
-"""The groups of an optimiser step (this rank's share, when there are several ranks)."""
+"""The groups of an optimiser step, all of them: each rank takes its share."""
 Publish = Callable[[dict[str, Tensor], int], None]
-"""Takes the full state dict and its version; the tensors are live: copy them before returning."""
+"""Takes tensors, all of the model's or those of its adapter, and their version; the tensors are
+live: copy them before returning."""
 OnMetrics = Callable[[int, dict[str, float]], None]
 BeforeUpdate = Callable[[int, float, int], None]
 """Sees a step, its mean |trainer - sampler| and by how many versions its oldest rows are older."""
@@ -76,6 +78,8 @@ class PackedGRPOTrainer(GRPOTrainer):
         before_update: BeforeUpdate | None = None,
         before_checkpoint: Callable[[int], None] | None = None,
         surprise_coef: float = 0.0,
+        num_checkpoints: int = 3,
+        adapter_only: bool = False,
         peft_config: PeftConfig | None = None,
     ) -> None:
         if args.loss_type not in LOSS_TYPES:
@@ -113,7 +117,8 @@ class PackedGRPOTrainer(GRPOTrainer):
         self._on_metrics, self._on_checkpoint = on_metrics, on_checkpoint
         self._before_update, self._before_checkpoint = before_update, before_checkpoint
         self._waiting: list[dict[str, Tensor]] = []
-        self._surprise_coef = surprise_coef
+        self._surprise_coef, self._num_checkpoints = surprise_coef, num_checkpoints
+        self._adapter_only = adapter_only
         self._inputs: dict[str, Tensor]
         self._forward: tuple[Tensor, Tensor]
         self._sums = _StepSums()
@@ -138,7 +143,8 @@ class PackedGRPOTrainer(GRPOTrainer):
             groups = self._fetch(self.state.global_step)
             self._sums.add_time("fetch", time.perf_counter() - started)
             self._staleness = self.state.global_step - min(g.weights_version for g in groups)
-            self._waiting = self._micro_batches(groups)
+            ranks = self.accelerator.process_index, self.accelerator.num_processes
+            self._waiting = self._micro_batches(share_of(groups, *ranks))
         inputs = self._waiting.pop(0)
         inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
         if self.beta != 0.0:
@@ -263,7 +269,8 @@ class PackedGRPOTrainer(GRPOTrainer):
         if self.accelerator.is_main_process:
             started = time.perf_counter()
             model = self.accelerator.unwrap_model(self.model)
-            self._publish(full_state_dict(model), self.state.global_step)
+            tensors = adapter_tensors(model) if self._adapter_only else full_state_dict(model)
+            self._publish(tensors, self.state.global_step)
             self._sums.add_time("publish", time.perf_counter() - started)
 
     def check_mismatch(self) -> None:
@@ -297,6 +304,10 @@ class PackedGRPOTrainer(GRPOTrainer):
         if self._before_checkpoint is not None:
             self._before_checkpoint(self.state.global_step)
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            # What a process left that died while it wrote.
+            shutil.rmtree(folder / ".incomplete", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self.args.output_dir = str(folder / ".incomplete")
         try:
             # Past TRL's own method, which only adds a model card for the hub.
@@ -305,9 +316,8 @@ class PackedGRPOTrainer(GRPOTrainer):
             self.args.output_dir = str(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            shutil.rmtree(folder / name, ignore_errors=True)
-            os.replace(folder / ".incomplete" / name, folder / name)
-            (folder / ".incomplete").rmdir()
+            admit(folder / ".incomplete" / name, folder / name, keep=self._num_checkpoints)
+            shutil.rmtree(folder / ".incomplete")
         self.accelerator.wait_for_everyone()
         if self._on_checkpoint is not None:
             self._on_checkpoint(folder / name)
@@ -384,32 +394,6 @@ class _StepSums:
 def _weights(batch: dict[str, Tensor]) -> Tensor:
     """How often the policy gave each token; 0 for padding and for what nobody sampled."""
     return batch["completion_mask"] * batch["times_given"][:, None]
-
-
-def full_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
-    """All tensors of the model as a plain Hugging Face model would name them, adapters merged in.
-
-    `lm_head.weight` is there even when it is tied. The merge is computed beside the weights, never
-    in place: merging and unmerging after every step would wear the base weights down by rounding.
-    """
-    if not hasattr(model, "peft_config"):
-        return {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    from peft.tuners.lora import LoraLayer
-
-    base = model.get_base_model()
-    merged = {
-        name.replace(".base_layer.", "."): tensor.detach()
-        for name, tensor in base.state_dict().items()
-        if ".lora_" not in name
-    }
-    with torch.no_grad():
-        for name, layer in base.named_modules():
-            if isinstance(layer, LoraLayer):
-                weight = merged[f"{name}.weight"]
-                for adapter in layer.active_adapters:
-                    weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
-                merged[f"{name}.weight"] = weight
-    return merged
 
 
 def _never_called(*_: Any, **__: Any) -> list[float]:

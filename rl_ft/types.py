@@ -64,8 +64,10 @@ class WeightsRef:
 
     version: int
     digest: str
-    """Hash over names, shapes and bytes of all tensors: `rl_ft.weights.digest`."""
+    """Hash over names, shapes and bytes of what travels: `rl_ft.weights.digest`."""
     payload: object
+    base: str | None = None
+    """What travels is an adapter of the model in this folder; None: it is the whole model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

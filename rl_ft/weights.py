@@ -1,8 +1,8 @@
 """A version of the policy on its way from the learner to a sampler, verified on arrival.
 
-What travels are the full, merged tensors as numpy arrays under one digest; how they travel is the
-caller's `put` and `get` (Ray's object store). Model folders are read and written
-here too. This module keeps no copy and no history.
+What travels are the full, merged tensors, or those of an adapter, as numpy arrays under one digest;
+how they travel is the caller's `put` and `get` (Ray's object store). Model folders are read and
+written here too. This module keeps no copy and no history.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import shutil
 import struct
 import warnings
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from envs.errors import UserError
+from rl_ft.merging import merge
 from rl_ft.run_folder import appearing
 from rl_ft.types import WeightsRef
 
@@ -38,15 +40,22 @@ def digest(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def publish(
-    state_dict: Mapping[str, Tensor], version: int, put: Callable[[object], object]
+    state_dict: Mapping[str, Tensor],
+    version: int,
+    put: Callable[[object], object],
+    *,
+    base: str | None = None,
 ) -> WeightsRef:
-    """Hand the tensors to `put` (for example `ray.put`) and name what was handed over."""
+    """Hand the tensors to `put` (for example `ray.put`) and name what was handed over.
+
+    With `base` they are an adapter of the model in that folder, which every reader must see.
+    """
     arrays = _as_arrays(state_dict)
-    return WeightsRef(version=version, digest=_digest(arrays), payload=put(arrays))
+    return WeightsRef(version=version, digest=_digest(arrays), payload=put(arrays), base=base)
 
 
 def fetch(ref: WeightsRef, get: Callable[[object], object]) -> dict[str, Tensor]:
-    """The tensors of a published version; WeightsError unless they are exactly those published.
+    """All tensors of a published version; WeightsError unless what came is what was published.
 
     They may be views of read-only shared memory: load them, do not write to them.
     """
@@ -65,10 +74,16 @@ def fetch(ref: WeightsRef, get: Callable[[object], object]) -> dict[str, Tensor]
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
-        return {
+        tensors = {
             name: torch.from_numpy(array).view(getattr(torch, dtype))
             for name, (dtype, array) in arrays.items()
         }
+    return tensors if ref.base is None else merge(_base(ref.base), tensors)
+
+
+@lru_cache(maxsize=1)
+def _base(model_path: str) -> dict[str, Tensor]:
+    return read_folder(model_path)
 
 
 def save_folder(state_dict: Mapping[str, Tensor], like: str | Path, directory: str | Path) -> None:

@@ -20,8 +20,9 @@ from envs.answers import offered
 from envs.errors import UserError, WorldError
 from envs.scenario import load_scenario
 from envs.types import Action, Decision, JointAction, Outcome
-from envs.world import World
-from rl_ft.config import BehaviourConfig, Config
+from rl_ft.config import Config
+from rl_ft.journal import Journal, JournaledWorld
+from rl_ft.sections import BehaviourConfig
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,9 @@ State = Decision | tuple[Decision, ...] | str
 """Where a world stands: a decision to ask about and to branch; or the decisions that the policy is
 to make, all of one instant, because it drives; or the cause why there is none."""
 
+RandomState = tuple[int, tuple[int, ...], float | None]
+"""What `random.Random.getstate` gives."""
+
 Order = Trial | JointAction
 """What a world is to do: try and execute, or just execute the policy's choices."""
 
@@ -60,7 +64,7 @@ Order = Trial | JointAction
 class _Episode:
     """One world with its scenario, clock and current driver."""
 
-    def __init__(self, world: World, end_s: float) -> None:
+    def __init__(self, world: JournaledWorld, end_s: float) -> None:
         self.world = world
         self.end_s = end_s
         self.driver = "policy"
@@ -70,6 +74,22 @@ class _Episode:
         """What the junctions do that have no choice while the policy drives."""
         self.pause = 0
         """Decision intervals that pass before the next question."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """Where one world of a pool stands, and what its next draws will be."""
+
+    random_state: RandomState
+    num_barren: int = 0
+    journal: Journal | None = None
+    """None: its next episode is yet to begin."""
+    end_s: float = 0.0
+    driver: str = "policy"
+    driver_until_s: float = -1.0
+    pause: int = 0
+    ahead: tuple[int, ...] = ()
+    """Of a pool that looks instants up: those that come next, by their places."""
 
 
 class WorldPool:
@@ -91,7 +111,7 @@ class WorldPool:
 
     def pids(self) -> list[int]:
         """Process ids of the worlds that are running."""
-        return [episode.world.pid for episode in self._episodes if episode]
+        return [episode.world.plain.pid for episode in self._episodes if episode]
 
     def states(self) -> list[State]:
         """Where every world stands."""
@@ -107,6 +127,48 @@ class WorldPool:
         """Branch what is to be tried, then execute; None for a world that does not wait."""
         return [None if order is None else self._settle(i, order) for i, order in enumerate(orders)]
 
+    def standing(self) -> list[Standing]:
+        """Where every world stands, between `settle` and `states`."""
+        return [self._standing(i) for i in range(len(self._episodes))]
+
+    def _standing(self, index: int) -> Standing:
+        episode = self._episodes[index]
+        driven = {}
+        if episode:
+            driven = {
+                "journal": episode.world.journal(),
+                "end_s": episode.end_s,
+                "driver": episode.driver,
+                "driver_until_s": episode.driver_until_s,
+                "pause": episode.pause,
+            }
+        return Standing(
+            random_state=self._rngs[index].getstate(),
+            num_barren=self._num_barren[index],
+            **driven,
+        )
+
+    def stand(self, standings: Sequence[Standing]) -> None:
+        """Go back to where the worlds of an equal pool stood."""
+        for index, standing in enumerate(standings):
+            self._end(index)
+            self._rngs[index].setstate(standing.random_state)
+            self._num_barren[index] = standing.num_barren
+            if standing.journal is None:
+                continue
+            world = JournaledWorld(timeout_s=self._rollout.call_timeout_s)
+            try:
+                world.replay(standing.journal)
+            except WorldError as error:
+                log.warning("world %d cannot be brought back, it begins anew: %s", index, error)
+                world.plain.close()
+                continue
+            episode = _Episode(world, standing.end_s)
+            episode.driver = standing.driver
+            episode.driver_until_s = standing.driver_until_s
+            episode.pause = standing.pause
+            self._episodes[index] = episode
+
     def close(self) -> None:
         """End all worlds."""
         for i in range(len(self._episodes)):
@@ -116,7 +178,7 @@ class WorldPool:
         rng = self._rngs[index]
         while True:
             episode = self._episodes[index] or self._start(index)
-            time_s, _ = episode.world.time()
+            time_s, _ = episode.world.plain.time()
             if time_s >= episode.end_s:
                 self._num_barren[index] += 1
                 if self._num_barren[index] > MAX_BARREN_EPISODES:
@@ -124,7 +186,7 @@ class WorldPool:
                 self._start(index, episode.world)
                 continue
             asked_as = self._config.decision_format
-            decisions = [offered(d, asked_as) for d in episode.world.decisions()]
+            decisions = [offered(d, asked_as) for d in episode.world.plain.decisions()]
             worthy = [d for d in decisions if self._matters(d)]
             if worthy and not episode.pause:
                 episode.pause = rng.randint(0, self._rollout.max_pause)
@@ -154,16 +216,17 @@ class WorldPool:
     def _rollout_base(self) -> str:
         return self._config.reward.follow
 
-    def _start(self, index: int, world: World | None = None) -> _Episode:
+    def _start(self, index: int, world: JournaledWorld | None = None) -> _Episode:
         rng = self._rngs[index]
-        scenario = load_scenario(rng.choice(self._scenarios))
-        world = world or World(timeout_s=self._rollout.call_timeout_s)
+        name = rng.choice(self._scenarios)
+        scenario = load_scenario(name)
+        world = world or JournaledWorld(timeout_s=self._rollout.call_timeout_s)
         length = scenario.end_s - scenario.begin_s
         offset = rng.uniform(0, max(0.0, length - self._rollout.episode_s))
         begin_s = scenario.begin_s + offset + self._rollout.warm_up_s
         episode = _Episode(world, min(scenario.end_s, begin_s + self._rollout.episode_s))
         self._episodes[index] = episode
-        world.reset(scenario, rng.randrange(1, 2**31))
+        world.reset(name, rng.randrange(1, 2**31))
         world.drive(rng.choice(("max_pressure", "max_wave")), begin_s)
         return episode
 
@@ -183,11 +246,13 @@ class WorldPool:
         tls_id = episode.decision.junction.tls_id
         outcomes: dict[Action, Outcome] = {}
         if len(trial.actions) > 1:
-            found = episode.world.branch(
+            found = episode.world.plain.branch(
                 [{tls_id: action} for action in trial.actions],
                 self._config.reward.horizon_s,
                 self._config.reward.follow,
             )
+            if not all(outcome.is_finite for outcome in found):
+                raise WorldError("not_finite", f"a branch measured {found}")
             outcomes = dict(zip(trial.actions, found, strict=True))
         agreed = self._execute(index, episode, trial.executed, outcomes)
         return Tried(outcomes=outcomes, agreed=agreed)
@@ -207,7 +272,7 @@ class WorldPool:
             episode.world.drive(driver, time_s + 1)
             return None
         action = {decision.junction.tls_id: executed}
-        outcome = episode.world.play(action, 1.0, self._rollout_base())
+        outcome = episode.world.play(action, self._rollout_base())
         if executed not in outcomes:
             return None
         return outcome.interval_digest == outcomes[executed].interval_digest
@@ -228,7 +293,7 @@ class WorldPool:
     def _end(self, index: int) -> None:
         episode, self._episodes[index] = self._episodes[index], None
         if episode:
-            episode.world.close()
+            episode.world.plain.close()
 
 
 def worth_asking(decision: Decision, min_queue_veh: int) -> bool:

@@ -9,7 +9,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from rl_ft.config import Config, TinyModelConfig
+from rl_ft.config import Config
+from rl_ft.sections import TinyModelConfig
 from rl_ft.types import Completion, RolloutGroup
 
 TINY = TinyModelConfig(

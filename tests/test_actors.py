@@ -10,6 +10,7 @@ import pytest
 from rl_ft import actors
 from rl_ft.actors import RemoteGenerate
 from rl_ft.config import Config
+from rl_ft.crew import Samplers
 from rl_ft.weights import WeightsError
 
 LATE_S = 0.05
@@ -27,13 +28,28 @@ class Handle:
         return self
 
 
-@pytest.mark.parametrize(("num_gpus", "memory"), [(0.0, 0.8), (0.5, 0.4), (1.0, 0.8)])
-def test_a_generator_takes_its_part_of_a_gpu_and_of_its_memory(monkeypatch, num_gpus, memory):
-    monkeypatch.setattr(actors, "GeneratorActor", Handle())
+class Room:
+    """Where a reservation would be: notes what was wanted."""
+
+    def __init__(self, bundles, *, strategy, holder):
+        self.wanted = bundles
+
+    def __getitem__(self, index):
+        return index
+
+    def release(self):
+        pass
+
+
+@pytest.mark.parametrize(("gpus", "share", "memory"), [(0, 0.0, 0.8), (1, 0.5, 0.4), (2, 1.0, 0.8)])
+def test_a_generator_takes_its_part_of_a_gpu_and_of_its_memory(monkeypatch, gpus, share, memory):
+    monkeypatch.setattr(actors, "GeneratorActor", handle := Handle())
+    monkeypatch.setattr(actors, "Places", Room)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": gpus})
     config = Config.model_validate({"generation": {"gpu_memory_utilization": 0.8}})
-    started = actors.start_generator(config, "model", num_gpus=num_gpus)
-    assert started.resources["num_gpus"] == num_gpus
-    assert started.memory == pytest.approx(memory)
+    actors.start_generators(config, "model", num_others=1)
+    assert handle.resources["num_gpus"] == share
+    assert handle.memory == pytest.approx(memory)
 
 
 class Generator:
@@ -57,7 +73,8 @@ class Generator:
 
 
 async def ask(generator: Generator, arrival) -> RemoteGenerate:
-    remote = RemoteGenerate(generator, Config(), after=asyncio.ensure_future(arrival))
+    samplers = Samplers([lambda _: generator], max_failures=0, call_timeout_s=10)
+    remote = RemoteGenerate(samplers, Config(), after=asyncio.ensure_future(arrival))
     await asyncio.gather(*(remote([(1,)], num_samples=2, seed=i) for i in range(2)))
     return remote
 

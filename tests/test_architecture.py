@@ -19,11 +19,20 @@ MODULES = {
 OWNERS = {
     "libsumo": {"envs.sumo", "envs.layout", "envs.ledger", "envs.detectors"},
     "numpy": {"envs.metrics", "rl_ft.weights", "rl_ft.learner"},
-    "pydantic": {"rl_ft.config", "rl_ft.recipe", "rl_ft.rows", "rl_ft.dataset"},
-    "yaml": {"rl_ft.recipe", "rl_ft.run_folder"},
-    "typer": {"rl_ft.cli"},
+    "pydantic": {
+        "rl_ft.config",
+        "rl_ft.sections",
+        "rl_ft.recipe",
+        "rl_ft.rows",
+        "rl_ft.dataset",
+        "rl_ft.memory",
+    },
+    "yaml": {"rl_ft.recipe", "rl_ft.run_folder", "rl_ft.space", "rl_ft.sweep_folder"},
+    "typer": {"rl_ft.cli", "rl_ft.cluster_cli"},
     "psutil": {"rl_ft.monitor", "rl_ft.run_folder"},
-    "tensorboard": {"rl_ft.monitor"},
+    "tensorboard": {"rl_ft.sinks"},
+    "mlflow": {"rl_ft.sinks"},
+    "wandb": {"rl_ft.sinks"},
     "matplotlib": {"rl_ft.plots"},
     "jinja2": {"rl_ft.report"},
     "tokenizers": {"rl_ft.tiny"},
@@ -38,11 +47,12 @@ OWNERS = {
         "rl_ft.optimizer",
     },
     "trl": {"rl_ft.sft", "rl_ft.learner", "rl_ft.trainer"},
-    "peft": {"rl_ft.adapter", "rl_ft.trainer"},
+    "peft": {"rl_ft.adapter", "rl_ft.merging", "rl_ft.trainer"},
     "datasets": {"rl_ft.sft", "rl_ft.trainer"},
     "vllm": {"rl_ft.generation"},
     "torch": {
         "rl_ft.adapter",
+        "rl_ft.merging",
         "rl_ft.tiny",
         "rl_ft.batch",
         "rl_ft.packing",
@@ -58,14 +68,21 @@ OWNERS = {
     "ray": {
         "rl_ft.cluster",
         "rl_ft.actors",
+        "rl_ft.crew",
         "rl_ft.learner",
         "rl_ft.run",
         "rl_ft.sft",
         "rl_ft.evaluate",
         "rl_ft.doctor",
+        "rl_ft.sweep",
+        "rl_ft.sinks",
+        "rl_ft.submit",
     },
+    "aiohttp": {"rl_ft.submit"},
+    # Of a branch, from the process that was forked for it; never a file.
+    "pickle": {"envs.fork"},
 }
-"""A heavy or shaping library, and the modules that may import it."""
+"""A heavy, shaping or dangerous library, and the modules that may import it."""
 
 NEVER_IN_ENVS = {"rl_ft", "ray", "torch", "transformers", "vllm", "trl", "peft", "pyarrow"}
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "manager"}
@@ -189,7 +206,7 @@ def test_pinned_versions_lie_within_the_ranges_of_the_package():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    named = [extras[name] for name in ("train", "cpu", "bench", "dev")]
+    named = [extras[name] for name in ("train", "cpu", "mlflow", "wandb", "bench", "dev")]
     wanted = [*project["dependencies"], *(text for extra in named for text in extra)]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))

@@ -6,6 +6,8 @@ import asyncio
 import json
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from envs.answers import answer_text
 from envs.controllers import CONTROLLERS
 from envs.errors import WorldError
 from envs.types import Action
-from rl_ft.check import Check, Checks
+from rl_ft.check import Check, Checks, read_checks, read_left
 from rl_ft.monitor import MetricLog, read_metrics
 from rl_ft.recipe import load_config
 from rl_ft.run_folder import RunFolder
@@ -81,7 +83,7 @@ class Stage:
         folder = RunFolder(root=root, config=config)
         self.checks = Checks(config, folder, START, driver, self.record)
 
-    def go(self, *versions: int, resumable_from: int = 0) -> Stage:
+    def go(self, *versions: int, resumable_from: Sequence[int] = ()) -> Stage:
         for version in versions:
             self.driver.loaded = version
             if self.checks.is_due(version):
@@ -152,8 +154,9 @@ def test_what_can_be_the_best_after_a_resume_is_kept(stage):
 
 
 def test_what_no_resume_can_need_is_forgotten(tmp_path):
-    driver = Driver(v0="random", v10="max_pressure")
-    assert Stage(tmp_path, driver).go(0, 10, resumable_from=10).kept() == [10]
+    driver = Driver(v0="random", v10="max_pressure", v20="max_wave")
+    stage = Stage(tmp_path, driver, "check.min_improvement_s=0").go(0, 10, 20, resumable_from=[20])
+    assert stage.kept() == [0, 20]
 
 
 def test_the_same_version_is_checked_to_the_same_figures(tmp_path):
@@ -171,6 +174,28 @@ def test_equally_good_is_no_improvement(tmp_path):
     assert (stage.checks.best, stage.checks.on_plateau) == (0, False)
     stage.go(20)
     assert (stage.checks.best, stage.checks.on_plateau) == (0, True)
+
+
+def test_decisions_that_the_fallback_made_are_counted(tmp_path):
+    class Silent(Driver):
+        """Every second time it says nothing."""
+
+        def __call__(self, decisions):
+            given = super().__call__(decisions)
+            return [replace(answer, text="") for answer in given] if self.num_asked % 2 else given
+
+    stage = Stage(tmp_path, Silent(v0="max_wave"), 'check.scenarios=["generated:1"]').go(0)
+    share = stage.lines()[0]["check/invalid_share"]
+    assert 0.2 < share < 0.8
+    assert read_checks(tmp_path, START)[0].invalid_share == share
+    assert stage.lines()[0]["check/max_pressure_invalid_share"] == 0
+
+
+def test_what_is_left_is_read_back(stage):
+    choice(stage, "max_pressure")
+    assert read_left(stage.root, START).delay_s == stage.lines()[10]["check/delay_s"]
+    choice(stage, "random")
+    assert read_left(stage.root, START) == read_checks(stage.root, START)[10]
 
 
 # ---- resume
@@ -254,7 +279,7 @@ def test_an_interrupted_loop_does_not_wait_for_its_check(tmp_path):
     stage = Stage(tmp_path, Driver(v0="max_wave"), "check.episode_s=3600", "check.seeds=9")
 
     async def interrupted() -> None:
-        task = asyncio.create_task(stage.checks.look(0, lambda: weights(0), resumable_from=0))
+        task = asyncio.create_task(stage.checks.look(0, lambda: weights(0), resumable_from=()))
         await asyncio.sleep(0.5)
         task.cancel()
         await task

@@ -11,6 +11,7 @@ import pytest
 
 from envs.errors import UserError, WorldError
 from rl_ft import cli, pipeline
+from rl_ft.ending import named_cause
 from rl_ft.recipe import recipe_names
 from rl_ft.run_folder import RunFolder
 
@@ -40,7 +41,7 @@ def test_help_imports_no_heavy_library():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "LOADED []" in ended.stdout
-    for command in ("run", *pipeline.STAGES, "export", "doctor", "scenarios"):
+    for command in ("run", *pipeline.STAGES, "export", "doctor", "scenarios", "submit"):
         assert command in ended.stdout
 
 
@@ -273,21 +274,21 @@ def test_a_named_error_is_found_behind_what_ray_wraps_around_it():
 
     error = UserError("no such net")
     task = RayTaskError("f", "Traceback ...", error).as_instanceof_cause()
-    assert cli.named_cause(task) is error
-    assert cli.named_cause(WorkerGroupError("workers failed", {0: task})) is error
-    assert cli.named_cause(ControllerError(task)) is error
+    assert named_cause(task) is error
+    assert named_cause(WorkerGroupError("workers failed", {0: task})) is error
+    assert named_cause(ControllerError(task)) is error
 
 
 def test_an_error_that_is_not_ours_has_no_name():
     error = ValueError("bug")
     error.__cause__ = error
-    assert cli.named_cause(error) is None
+    assert named_cause(error) is None
 
 
 def test_a_raised_from_chain_ends_in_the_named_error():
     outer = RuntimeError("wrapped")
     outer.__cause__ = WorldError("late", "120 s")
-    assert isinstance(cli.named_cause(outer), WorldError)
+    assert isinstance(named_cause(outer), WorldError)
 
 
 def test_a_resumed_run_folder_is_free_again_after_an_error(tmp_path, monkeypatch, smoke_config):

@@ -5,7 +5,8 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
-from rl_ft.config import Config, GrpoConfig
+from rl_ft.config import Config
+from rl_ft.sections import GrpoConfig
 
 
 def test_the_defaults_are_a_valid_configuration():

@@ -13,7 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILES = sorted((ROOT / "cluster").glob("Dockerfile*"))
 SCRIPTS = [
     ROOT / "scripts" / name
-    for name in ("build_image.sh", "make_base_image.sh", "run_integration_test.sh")
+    for name in (
+        "build_image.sh",
+        "make_base_image.sh",
+        "run_integration_test.sh",
+        "run_cluster_test.sh",
+    )
 ]
 IMAGE = "rl-ft:test"
 dockerfiles = pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)

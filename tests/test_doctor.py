@@ -31,7 +31,7 @@ def test_ray_has_room_for_the_loop(smoke_config):
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_loop_larger_than_the_cluster_is_told_how_many_cpus_it_needs():
-    config = load_config("smoke", ["ray.cpus_per_learner=64"])
+    config = load_config("smoke", ["ray.cpus_per_learner=64", "ray.address=auto"])
     result = attempt(doctor.CHECKS["Ray"], config)
     assert not result.ok
     assert "ray.num_cpus=66" in result.fix

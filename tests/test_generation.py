@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from envs.errors import UserError
-from rl_ft.config import Config, TinyModelConfig
+from rl_ft.config import Config
 from rl_ft.generation import Generator, _engine_settings
 from rl_ft.render import Renderer
+from rl_ft.sections import TinyModelConfig
 from rl_ft.tiny import build_tiny
 from rl_ft.weights import WeightsError
 

@@ -14,6 +14,7 @@ from grpo_case import config, model_folder, ragged_groups
 
 from envs.errors import UserError
 from rl_ft.buffer import TrainingEnded
+from rl_ft.checkpoints import checkpoint_steps, latest_checkpoint
 from rl_ft.cluster import gpu_share
 from rl_ft.config import Config
 from rl_ft.learner import (
@@ -21,12 +22,11 @@ from rl_ft.learner import (
     TrainConfig,
     build_trainer,
     grpo_args,
-    latest_checkpoint,
-    latest_step,
     load_model,
     run_learner,
     train,
 )
+from rl_ft.weights import fetch, publish
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +222,22 @@ def test_an_adapter_is_published_merged_under_the_names_of_the_model(folder, tmp
     assert (merged - start).abs().max() > 1e-3
 
 
+def test_an_adapter_that_travels_alone_makes_the_same_model(folder, tmp_path):
+    conf = with_lora(config(max_steps=2, learning_rate=1e-2))
+    whole = Run(folder, tmp_path / "whole", conf).train()
+    ray = conf.ray.model_copy(update={"weight_transport": "adapter"})
+    alone = Run(folder, tmp_path / "alone", conf.model_copy(update={"ray": ray})).train()
+    version, adapter = alone.published[-1]
+    ref = publish(adapter, version, lambda arrays: arrays, base=str(folder))
+    came = fetch(ref, lambda payload: payload)
+    assert sum(t.numel() for t in adapter.values()) < sum(t.numel() for t in came.values()) / 2
+    expected = whole.published[-1][1]
+    assert came.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(came[name], tensor, atol=1e-6, rtol=1e-6)
+    assert not equal(came, alone.published[0][1])
+
+
 def test_an_adapter_of_named_modules_touches_nothing_else(folder, tmp_path):
     conf = with_lora(config(learning_rate=1e-2), target_modules=("q_proj",))
     run = Run(folder, tmp_path, conf).train()
@@ -258,14 +274,6 @@ def test_names_shared_with_trl_keep_their_values(tmp_path):
     assert args.report_to == []
 
 
-def test_the_latest_checkpoint_is_the_one_with_the_highest_step(tmp_path):
-    assert latest_checkpoint(tmp_path / "absent") is None
-    assert latest_checkpoint(tmp_path) is None
-    for name in ("checkpoint-9", "checkpoint-10", ".incomplete", "checkpoint-11.old"):
-        (tmp_path / name).mkdir()
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-
-
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a Hugging Face model folder"):
         load_model(tmp_path, config())
@@ -290,7 +298,7 @@ class Recorder:
         if step == self.die_at and not marker.exists():
             marker.touch()
             os._exit(1)
-        return ragged_groups(3, seed=step)
+        return ragged_groups(4, seed=step)
 
     def publish(self, state, version):
         torch.save({n: t.clone() for n, t in state.items()}, self.folder / f"{version}.pt")
@@ -305,14 +313,23 @@ class Recorder:
 
 
 @pytest.mark.ray
-def test_a_killed_worker_resumes_and_ends_with_the_same_weights(ray_cluster, folder, tmp_path):
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_killed_worker_resumes_and_ends_with_the_same_weights(
+    ray_cluster, folder, tmp_path, num_ranks
+):
+    """The same as one rank that lives, on one and on two ranks of which one dies.
+
+    Sums over two ranks round differently, and where a gradient is next to nothing Adam makes a step
+    of its sign: of all that training changed, the difference is a small part.
+    """
     from ray import cloudpickle
 
     for module in (sys.modules[__name__], grpo_case):
         cloudpickle.register_pickle_by_value(module)
-    conf = config(max_steps=4, save_steps=2, learning_rate=1e-2)
+    # Muon works in bfloat16, which would hide everything else.
+    conf = config(max_steps=4, save_steps=2, learning_rate=1e-2, muon_ratio=None)
     ends = []
-    for name, die_at in (("killed", 3), ("whole", None)):
+    for name, die_at, num_workers in (("killed", 3, num_ranks), ("whole", None, 1)):
         place = tmp_path / name
         place.mkdir()
         recorder = Recorder(place, die_at)
@@ -321,7 +338,7 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_weights(ray_cluster, fol
                 config=conf.model_dump(mode="json"),
                 model_path=str(folder),
                 output_dir=str(place / "checkpoints"),
-                num_groups=3,
+                num_groups=4,
                 fetch=recorder.fetch,
                 publish=recorder.publish,
                 on_metrics=recorder.on_metrics,
@@ -330,6 +347,7 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_weights(ray_cluster, fol
             num_cpus=1,
             num_gpus=gpu_share(1),
             max_failures=1,
+            num_workers=num_workers,
         )
         notes = [json.loads(line)[:2] for line in (place / "notes.jsonl").open()]
         versions = [number for kind, number in notes if kind == "publish"]
@@ -338,7 +356,13 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_weights(ray_cluster, fol
         pointer = json.loads((Path(result.checkpoint.path) / POINTER_FILE).read_text())
         assert Path(pointer["path"]) == place / "checkpoints" / "checkpoint-4"
         ends.append(torch.load(place / "4.pt"))
-    assert equal(*ends)
+    begin, (one, other) = torch.load(place / "0.pt"), ends
+    if num_ranks == 1:
+        assert equal(one, other)
+    for name, tensor in one.items():
+        changed = (other[name] - begin[name]).norm()
+        assert changed > 0
+        assert (tensor - other[name]).norm() < 0.02 * changed
 
 
 # ---- an end before the last step
@@ -361,10 +385,10 @@ def test_an_end_that_is_asked_for_leaves_a_checkpoint_to_which_nothing_is_added(
     run = Run(folder, tmp_path, conf)
     run.trainer._fetch = ends_at(2)
     train(run.trainer, None)
-    assert latest_step(tmp_path) == 2
+    assert checkpoint_steps(tmp_path)[-1] == 2
     again = Run(folder, tmp_path, conf)
     again.trainer._fetch = ends_at(2)
     train(again.trainer, latest_checkpoint(tmp_path))
     assert [version for version, _ in again.published] == [2]
     assert equal(again.published[0][1], run.published[-1][1])
-    assert latest_step(tmp_path) == 2
+    assert checkpoint_steps(tmp_path)[-1] == 2

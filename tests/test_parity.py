@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl_ft.config import Config, TinyModelConfig
+from rl_ft.config import Config
 from rl_ft.generation import Generator
 from rl_ft.parity import (
     SAMPLER_IS_RIGHT,
@@ -20,6 +20,7 @@ from rl_ft.parity import (
     mean_abs_diff,
     score,
 )
+from rl_ft.sections import TinyModelConfig
 from rl_ft.tiny import build_tiny
 
 CONFIG = Config.model_validate(

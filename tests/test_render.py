@@ -7,8 +7,8 @@ import pickle
 import pytest
 
 from envs.errors import UserError
-from rl_ft.config import TinyModelConfig
 from rl_ft.render import PromptTooLongError, Renderer
+from rl_ft.sections import TinyModelConfig
 from rl_ft.tiny import build_tiny
 
 CHAT = [{"role": "user", "content": "green A 25\nchoose A B"}]

@@ -240,6 +240,8 @@ def test_metrics_have_these_names(worlds, config):
         "health/branch_disagreements",
         "rollout/groups",
         "rollout/new_instants",
+        "rollout/sampled_tokens",
+        "rollout/branches",
         "rollout/counterfactual_share",
         "time/observe_s",
         "time/generate_s",

@@ -185,10 +185,10 @@ def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
 
 def test_the_commit_is_unknown_outside_a_source_tree(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "__file__", str(tmp_path / "rl_ft" / "run_folder.py"))
-    assert module._git_commit() is None
+    assert module.git_commit() is None
 
 
 def test_an_image_says_from_which_commit_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "__file__", str(tmp_path / "rl_ft" / "run_folder.py"))
     monkeypatch.setenv("RLFT_GIT_COMMIT", "0123abc")
-    assert module._git_commit() == "0123abc"
+    assert module.git_commit() == "0123abc"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rl_ft.config import GrpoConfig
+from rl_ft.sections import GrpoConfig
 from rl_ft.snapshots import Snapshots, is_averaged
 
 

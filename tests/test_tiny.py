@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.dialect import VOCABULARY
-from rl_ft.config import TinyModelConfig
+from rl_ft.sections import TinyModelConfig
 from rl_ft.tiny import MAX_INTEGER, build_tiny, build_tokenizer
 
 SMALL = TinyModelConfig(

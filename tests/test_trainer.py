@@ -18,7 +18,8 @@ from transformers.trainer_utils import SaveStrategy
 from envs.errors import UserError
 from rl_ft.batch import collate
 from rl_ft.learner import build_trainer, grpo_args, load_model
-from rl_ft.trainer import LOSS_TYPES, GRPOTrainer, full_state_dict
+from rl_ft.merging import full_state_dict
+from rl_ft.trainer import LOSS_TYPES, GRPOTrainer
 
 MASKED = [(0, 1), (3, 0), (3, 2)]
 PER_ROW = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
@@ -394,7 +395,7 @@ def test_the_state_dict_has_the_head_when_it_is_tied():
 
 
 def rank_main(rank, world_size, port, folder, groups, out, settings):
-    """One of two ranks, each with its share of the groups."""
+    """One of two ranks, each of which takes its share of the groups."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -405,7 +406,7 @@ def rank_main(rank, world_size, port, folder, groups, out, settings):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     for number, grpo in enumerate(settings):
-        loss, gradient, logged = packed(folder, groups[rank], Path(out) / str(number), **grpo)
+        loss, gradient, logged = packed(folder, groups, Path(out) / str(number), **grpo)
         if rank == 0:
             torch.save((loss, gradient, logged["entropy"]), Path(out) / f"{number}.pt")
     torch.distributed.destroy_process_group()
@@ -416,7 +417,6 @@ def test_two_ranks_take_the_step_of_one(folder, masked_groups, tmp_path):
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     groups = [unsaid(group, 2) for group in masked_groups[:4]]
-    shares = [groups[:2], groups[2:]]
     settings = [
         {
             "loss_type": loss_type,
@@ -429,7 +429,7 @@ def test_two_ranks_take_the_step_of_one(folder, masked_groups, tmp_path):
     # Forked, since importing TRL twice more would cost more than all that is tested here.
     torch.multiprocessing.start_processes(
         rank_main,
-        args=(2, port, folder, shares, str(tmp_path), settings),
+        args=(2, port, folder, groups, str(tmp_path), settings),
         nprocs=2,
         start_method="fork",
     )

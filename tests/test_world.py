@@ -196,6 +196,14 @@ def test_a_world_ends_with_its_parent(ending):
     assert wait_until_gone(int(done.stdout))
 
 
+def test_a_world_runs_the_code_of_its_caller_wherever_that_stands(tmp_path, monkeypatch):
+    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs" / "__init__.py").write_text("raise SystemExit('the wrong envs')")
+    monkeypatch.chdir(tmp_path)
+    with World() as world:
+        assert world.reset(load_scenario(SCENARIO), seed=1)
+
+
 @pytest.mark.parametrize("end", [World.close, lambda world: os.kill(world.pid, signal.SIGKILL)])
 def test_a_world_leaves_no_files(tmp_path, monkeypatch, end):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

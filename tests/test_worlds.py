@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from envs.answers import options
 from envs.errors import UserError
 from envs.types import Action, Decision
-from rl_ft.config import BehaviourConfig, Config, PrepareConfig
+from rl_ft.config import Config
+from rl_ft.sections import BehaviourConfig, PrepareConfig
 from rl_ft.worlds import Order, State, Trial, Tried, WorldPool, draw_driver, worth_asking
 
 POLICY_ONLY = BehaviourConfig(policy=1, max_pressure=0, max_wave=0, random=0)
@@ -101,12 +102,12 @@ def test_between_questions_the_policy_makes_every_choice(make_pool):
     followed = num_forced = 0
     for _ in range(60):
         (state,) = pool.states()
-        here = pool._episodes[0].world.decisions()
+        here = pool._episodes[0].world.plain.decisions()
         forced = {d.junction.tls_id: d.legal[0] for d in here if len(d.legal) == 1}
         order = every_phase(state)
         assert pool.settle([order]) == [Tried(outcomes={})] or isinstance(order, Trial)
         if not isinstance(order, Trial):
-            now = pool._episodes[0].world.decisions()
+            now = pool._episodes[0].world.plain.decisions()
             current = {d.junction.tls_id: d.observation.current for d in now}
             assert current.items() >= {t: action.phase for t, action in order.items()}.items()
             assert current.items() >= forced.items()
@@ -126,14 +127,31 @@ def test_a_world_killed_while_the_policy_drives_is_replaced(make_pool):
     assert not isinstance(pool.states()[0], str)
 
 
-def test_a_branch_that_is_not_what_happens_disagrees(make_pool):
+def misled(make_pool, **said) -> tuple[WorldPool, State]:
+    """A pool whose branches say something else than they measured, and where it stands."""
     pool = make_pool(behaviour=POLICY_ONLY)
     (state,) = pool.states()
-    world = pool._episodes[0].world
+    world = pool._episodes[0].world.plain
     branch = world.branch
-    world.branch = lambda *arguments: [
-        replace(outcome, interval_digest="another world") for outcome in branch(*arguments)
-    ]
+    world.branch = lambda *arguments: [replace(outcome, **said) for outcome in branch(*arguments)]
+    return pool, state
+
+
+def test_a_world_that_measures_no_number_has_failed(make_pool):
+    pool, state = misled(make_pool, pending_veh_s=float("nan"))
+    assert pool.settle([every_phase(state)]) == [Tried(outcomes={}, failure="not_finite")]
+
+
+def test_a_world_that_hangs_has_failed_in_time(make_pool):
+    pool = make_pool(call_timeout_s=5.0)
+    (state,) = pool.states()
+    os.kill(pool.pids()[0], signal.SIGSTOP)
+    assert pool.settle([every_phase(state)]) == [Tried(outcomes={}, failure="timeout")]
+    assert not isinstance(pool.states()[0], str)
+
+
+def test_a_branch_that_is_not_what_happens_disagrees(make_pool):
+    pool, state = misled(make_pool, interval_digest="another world")
     (tried,) = pool.settle([every_phase(state)])
     assert tried.agreed is False
 

@@ -208,7 +208,7 @@ class _Side:
 
 
 def _tiny(folder: Path) -> str:
-    from rl_ft.config import TinyModelConfig
+    from rl_ft.sections import TinyModelConfig
     from rl_ft.tiny import build_tiny
 
     return str(build_tiny(folder, config=TinyModelConfig(), seed=1))

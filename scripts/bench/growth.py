@@ -31,7 +31,8 @@ from rich.table import Table
 
 from envs.answers import options
 from envs.types import Decision
-from rl_ft.config import Config, TinyModelConfig
+from rl_ft.config import Config
+from rl_ft.sections import TinyModelConfig
 from rl_ft.worlds import Order, State, Trial, WorldPool
 
 NUM_WORLDS = (4, 8, 16, 32, 64)

@@ -25,7 +25,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from rich.console import Console
 from rich.table import Table
 
-from rl_ft.config import Config, TinyModelConfig
+from rl_ft.config import Config
+from rl_ft.sections import TinyModelConfig
 from rl_ft.types import Completion, RolloutGroup
 
 SHAPES: dict[str, dict[str, int]] = {

@@ -29,7 +29,7 @@ from envs import dialect
 from envs.answers import parse
 from envs.reward import group_rewards
 from envs.types import Action, Decision, JointAction, Outcome, ParseFailure, Scenario
-from rl_ft import worlds
+from rl_ft import journal
 from rl_ft.states import reward_weights, state_id
 from rl_ft.worlds import Trial, WorldPool
 
@@ -78,7 +78,7 @@ def saved_states(assignment: Assignment, folder: Path) -> dict[str, SavedState]:
                 self._speaking().close()
                 self._simulation = None
 
-    worlds.World = TraciWorld
+    journal.World = TraciWorld
     pools = [
         WorldPool(
             assignment.config, assignment.config.scenarios.train, seed=seed, num_worlds=num_worlds

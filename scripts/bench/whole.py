@@ -38,7 +38,8 @@ from envs import dialect
 from envs.reward import Reward
 from envs.types import Decision
 from rl_ft.asking import Asked
-from rl_ft.config import Config, RolloutConfig
+from rl_ft.config import Config
+from rl_ft.sections import RolloutConfig
 from rl_ft.states import state_id
 
 START = "max_pressure"
@@ -113,8 +114,8 @@ def ours(
         for stage in ("prepare", "sft"):
             run_stage(stage, config, folder)
         model = str(folder.path("sft", START))
-        worlds, generator = start_actors(config, model, folder.path("data"))
-        loop = GrpoLoop(config, folder, START, worlds, generator, record, score=score)
+        worlds, samplers = start_actors(config, model, folder.path("data"))
+        loop = GrpoLoop(config, folder, START, worlds, samplers, record, score=score)
         asyncio.run(loop.run())
     renderer = Renderer(model, max_prompt_length=config.model.max_prompt_length)
     by_name: dict[tuple[str, tuple[int, ...]], Decision] = {}

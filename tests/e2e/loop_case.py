@@ -18,6 +18,7 @@ from envs.reward import Reward
 from rl_ft.actors import GeneratorService, start_worlds
 from rl_ft.asking import Asked
 from rl_ft.config import Config
+from rl_ft.crew import RemoteWorlds, Samplers
 from rl_ft.monitor import MetricLog, read_metrics
 from rl_ft.recipe import load_config
 from rl_ft.run import GrpoLoop
@@ -112,11 +113,13 @@ def run_loop(
     root: Path,
     generator: Any,
     *overrides: str,
+    others: Sequence[Any] = (),
     score: Any = None,
-    meanwhile: Callable[[Path, Sequence[Any]], None] | None = None,
+    meanwhile: Callable[[Path, Sequence[RemoteWorlds]], None] | None = None,
 ) -> LoopRun:
     """One GRPO training in a folder of its own; `meanwhile(root, worlds)` runs in a thread.
 
+    `others` are generators that sample beside the first.
     In a folder that holds one already, it goes on.
     """
     config = loop_config(*overrides)
@@ -131,7 +134,9 @@ def run_loop(
     try:
         with MetricLog(root) as record:
             folder = RunFolder(root=root, config=config)
-            loop = GrpoLoop(config, folder, START, worlds, generator, record, score=score)
+            starts = [lambda _, actor=actor: actor for actor in (generator, *others)]
+            samplers = Samplers(starts, max_failures=0, call_timeout_s=300)
+            loop = GrpoLoop(config, folder, START, worlds, samplers, record, score=score)
             if thread:
                 thread.start()
             try:
@@ -141,9 +146,8 @@ def run_loop(
     finally:
         if thread:
             thread.join(timeout=60)
-        ray.get([actor.close.remote() for actor in worlds])
-        for actor in worlds:
-            ray.kill(actor)
+        for team in worlds:
+            team.close()
     return LoopRun(
         root=root,
         steps=read_metrics(root, STAGE),

@@ -15,7 +15,9 @@ from lesson_case import vouch
 from loop_case import (
     STAGE,
     START,
+    WatchedGenerator,
     first_legal,
+    loop_config,
     num_logged,
     run_loop,
     train_worker_pids,
@@ -26,6 +28,7 @@ from loop_case import (
 from envs.naming import phase_name, renamed
 from rl_ft.dataset import GRPO_FILE
 from rl_ft.parity import NO_OP_SYNC, ParityError
+from rl_ft.series import SERIES
 from rl_ft.weights import digest, read_folder
 
 pytestmark = pytest.mark.e2e
@@ -53,7 +56,7 @@ TOY = (
     "rollout.behaviour.policy=0",
     "reward.horizon_s=10",
 )
-WALL_CLOCK = ("time/", "system/")
+WALL_CLOCK = ("time/", "system/", "rate/", "idle/")
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,13 @@ def test_the_loop_reaches_its_last_step(twins):
     assert [run.step_numbers for run in twins] == [[1, 2, 3], [1, 2, 3]]
 
 
+def test_a_step_has_a_figure_for_every_series_but_those_of_checks(twins):
+    keys = {key for series in SERIES for key in series.of}
+    of_checks = {key for key in keys if key.startswith("check/")} | {"time/check_s"}
+    for step in twins[0].steps:
+        assert keys - of_checks - {"progress/step"} <= step["values"].keys()
+
+
 def test_two_runs_with_one_seed_measure_the_same(twins):
     one, two = (measured(run.steps) for run in twins)
     assert one == two
@@ -195,6 +205,65 @@ def test_the_branch_of_the_executed_action_is_what_then_happens(twins):
     assert twins[0].values("health/branch_disagreements") == [0, 0, 0]
 
 
+# ---- two learners, two samplers
+
+
+@pytest.fixture(scope="module")
+def many(prepared, generator, tmp_path_factory):
+    """The settings of the twins, and two of everything."""
+    config = loop_config()
+    engine = ray.remote(WatchedGenerator).options(num_cpus=0)
+    other = engine.remote(str(prepared / "sft" / START), config, config.seed)
+    asked = []
+    settings = (*SHORT, *RETOLD, *CHECKED, "grpo.surprise_coef=0.2", "grpo.learning_rate=0.03")
+    run = run_loop(
+        prepared,
+        tmp_path_factory.mktemp("many") / "run",
+        generator,
+        *(*settings, "ray.num_learners=2", "ray.num_world_actors=2"),
+        others=[other],
+        meanwhile=lambda root, _: asked.append(wait_for(lambda: len(train_worker_pids()) == 2)),
+    )
+    loaded = ray.get(other.take_loaded.remote())
+    ray.kill(other)
+    return run, loaded, asked
+
+
+def test_two_learners_and_two_samplers_reach_the_last_step(many):
+    run, _, two_ranks = many
+    assert run.error is None
+    assert run.step_numbers == [1, 2, 3]
+    assert two_ranks == [True]
+
+
+def test_every_sampler_gets_every_version(many):
+    run, loaded, _ = many
+    assert [version for version, _ in run.loaded] == [0, 1, 2, 3]
+    assert loaded == run.loaded
+
+
+def test_trainer_and_all_samplers_agree(many):
+    run, *_ = many
+    assert max(run.values("mismatch/mean_abs_logp_diff")) < 1e-4
+
+
+# ---- an adapter, which travels alone
+
+
+@pytest.fixture(scope="module")
+def adapted(prepared, generator, tmp_path_factory):
+    settings = ("model.lora.r=4", "ray.weight_transport=adapter", "grpo.learning_rate=0.03")
+    return run_loop(
+        prepared, tmp_path_factory.mktemp("adapted") / "run", generator, *SHORT, *settings
+    )
+
+
+def test_an_adapter_that_travels_alone_reaches_the_sampler(adapted, start_digest):
+    assert adapted.error is None
+    assert adapted.final_digest != start_digest
+    assert max(adapted.values("mismatch/mean_abs_logp_diff")) < 1e-4
+
+
 # ---- nothing to learn, and a world that dies
 
 
@@ -204,7 +273,7 @@ def still(prepared, generator, tmp_path_factory):
 
     def kill_a_world(root, worlds):
         wait_for(lambda: num_logged(root) >= 1)
-        [pid, *_] = ray.get(worlds[0].pids.remote())
+        [pid, *_] = ray.get(worlds[0].post.actor.pids.remote())
         os.kill(pid, signal.SIGKILL)
 
     return run_loop(
