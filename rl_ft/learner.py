@@ -12,13 +12,14 @@ import json
 import math
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from envs.errors import UserError
 from rl_ft.buffer import TrainingEnded
 from rl_ft.checkpoints import latest_checkpoint
-from rl_ft.cluster import ROOM_ATTEMPTS
+from rl_ft.cluster import ROOM_ATTEMPTS, gpu_share
 from rl_ft.config import Config
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import GRPOConfig
 
+    from rl_ft.sections import RayConfig
     from rl_ft.trainer import BeforeUpdate, Fetch, OnMetrics, PackedGRPOTrainer, Publish
 
 SHARED_WITH_TRL = (
@@ -272,3 +274,43 @@ def run_learner(
         ),
     )
     return trainer.fit()
+
+
+class RemoteLearner:
+    """A fit in a process of its own on this node: when that is stopped, Ray ends all below it and
+    takes its room back. In a thread it could not be stopped.
+
+    `ended` has the cause when Ray Train has given up.
+    """
+
+    def __init__(
+        self, train_config: TrainConfig, settings: RayConfig, storage_path: str | Path
+    ) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+        num_gpus = gpu_share(settings.num_generators + settings.num_learners)
+        self._task = fit.remote(train_config, settings, storage_path, num_gpus)
+        self.ended: Future[None] = self._task.future()
+
+    def stop(self) -> None:
+        """At once, wherever it is; nothing happens if it has ended."""
+        import ray
+
+        ray.cancel(self._task, force=True)
+
+
+def _fit(
+    train_config: TrainConfig, settings: RayConfig, storage_path: str | Path, num_gpus: float
+) -> None:
+    run_learner(
+        train_config,
+        storage_path=storage_path,
+        num_cpus=settings.cpus_per_learner,
+        num_gpus=num_gpus,
+        max_failures=settings.max_failures,
+        num_workers=settings.num_learners,
+        placement_strategy=settings.placement_strategy,
+    )

@@ -20,14 +20,13 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rl_ft.admission import Admission, staleness
 from rl_ft.check import Checks
 from rl_ft.checkpoints import checkpoint_steps, latest_checkpoint
-from rl_ft.cluster import gpu_share, in_thread, ray_session
+from rl_ft.cluster import ray_session
 from rl_ft.config import Config
 from rl_ft.dataset import read_lessons
 from rl_ft.figures import rates, shown
@@ -48,6 +47,7 @@ from rl_ft.worlds import shares
 
 if TYPE_CHECKING:
     from rl_ft.crew import RemoteWorlds, Samplers
+    from rl_ft.learner import RemoteLearner
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +146,15 @@ class GrpoLoop:
     async def _train(self) -> None:
         await self._check_parity()
         learner = self._start_learner()
+        try:
+            await self._follow(learner)
+        finally:
+            # After a failure nobody else would: it waits for groups, with all that it holds.
+            learner.stop()
+        await self._save_model()
+
+    async def _follow(self, learner: RemoteLearner) -> None:
+        """Groups for every version that is published, until the learner has ended."""
         number = next_step = 0
         while (published := await self._next_weights(number, learner)) is not None:
             number, ref = published.number, published.weights
@@ -165,16 +174,11 @@ class GrpoLoop:
                 await self._collect(step, number, loading)
             await loading
             next_step = opened.stop
-        await self._finish(learner)
-        await self._save_model()
-
-    async def _finish(self, learner: Future[Any]) -> None:
-        """Until the learner has ended: it waits for the record of its last steps to end."""
-        ended = asyncio.wrap_future(learner)
-        while not ended.done():
-            await asyncio.wait({ended}, timeout=POLL_S)
+        # It waits for the record of its last steps.
+        while not learner.ended.done():
+            await asyncio.wait({asyncio.wrap_future(learner.ended)}, timeout=POLL_S)
             await self._take_metrics()
-        ended.result()
+        learner.ended.result()
 
     async def _go_on_from(self, ref: WeightsRef) -> None:
         """A learner has begun, or begun again: what comes after its checkpoint is made anew."""
@@ -260,15 +264,15 @@ class GrpoLoop:
         self.lineage.sample(step, groups)
         await self._buffer.put_groups.remote(step, groups, under=number)
 
-    async def _next_weights(self, after: int, learner: Future[Any]) -> Publication | None:
+    async def _next_weights(self, after: int, learner: RemoteLearner) -> Publication | None:
         """The next publication; None when the learner has ended without one."""
         # Ray Train restarts a learner that refused, and a long rollout may have hidden both.
         await self._raise_refusal()
         while (found := await self._buffer.next_weights.remote(after, POLL_S)) is None:
             await self._take_metrics()
             await self._raise_refusal()
-            if learner.done():
-                learner.result()
+            if learner.ended.done():
+                learner.ended.result()
                 return None
         return found
 
@@ -332,10 +336,9 @@ class GrpoLoop:
         for report in reports:
             log.info("%s: trainer and sampler agree: %s", self._stage, report)
 
-    def _start_learner(self) -> Future[Any]:
-        """Ray Train in a thread of its own; a daemon, so that a failed run can end."""
+    def _start_learner(self) -> RemoteLearner:
         from rl_ft.actors import LearnerLink
-        from rl_ft.learner import TrainConfig, run_learner
+        from rl_ft.learner import RemoteLearner, TrainConfig
 
         parity = self._config.parity
         gate = MismatchGate(parity.max_logprob_diff, stale_bound=parity.max_stale_logprob_diff)
@@ -355,21 +358,9 @@ class GrpoLoop:
         )
         # What is passed over is to be read in the run's log, not in a worker's.
         latest_checkpoint(train_config["output_dir"])
-        settings = self._config.ray
-        num_gpus = gpu_share(settings.num_generators + settings.num_learners)
-
-        def work() -> Any:
-            return run_learner(
-                train_config,
-                storage_path=self._folder.path(self._stage, "ray").absolute(),
-                num_cpus=settings.cpus_per_learner,
-                num_gpus=num_gpus,
-                max_failures=settings.max_failures,
-                num_workers=settings.num_learners,
-                placement_strategy=settings.placement_strategy,
-            )
-
-        return in_thread(work, "learner")
+        return RemoteLearner(
+            train_config, self._config.ray, self._folder.path(self._stage, "ray").absolute()
+        )
 
     def _write_examples(self, examples: Sequence[dict[str, Any]]) -> None:
         """The latest decisions at which the answer made a difference, for the report."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import http.server
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -12,7 +14,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.error
+import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -492,6 +497,73 @@ sys.exit(cluster.follow(cluster.submit(job), sys.stdout.write))
     assert place == str(tmp_path)
     assert driver.startswith(str(head.place))
     assert worker.startswith(str(head.place))
+
+
+@pytest.fixture
+def shown(head):
+    """The dashboard as a browser with the token sees it: an address that hands the token on."""
+
+    class WithToken(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked = urllib.request.Request(
+                head.dashboard + self.path, headers={"Authorization": f"Bearer {TOKEN}"}
+            )
+            try:
+                answer = urllib.request.urlopen(asked, timeout=30)
+            except urllib.error.HTTPError as refused:
+                answer = refused
+            with answer:
+                body = answer.read()
+                self.send_response(answer.status)
+                self.send_header("Content-Type", answer.headers["Content-Type"])
+                self.end_headers()
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), WithToken) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def browse(url, place, *options):
+    """What a headless browser prints of a page once its scripts have had ten seconds."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium")
+    command = [
+        browser,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+    ]
+    command += [f"--user-data-dir={place / 'browser'}", "--window-size=1400,900"]
+    command += ["--virtual-time-budget=10000", *options, url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S).stdout
+
+
+@pytest.mark.ray
+def test_the_dashboard_shows_the_run_of_a_job(head, shown, tmp_path):
+    from PIL import Image
+
+    browse("about:blank", tmp_path)
+    done = head.run("--", "prepare", "--recipe", "smoke", "--out", "runs/seen", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    [job_id] = set(re.findall(r"#/jobs/(rl-ft-[\w-]+)", done.stderr))
+    page = f"{shown}/#/jobs/{job_id}"
+    text = browse(page, tmp_path, "--dump-dom")
+    assert job_id in text
+    assert "SUCCEEDED" in text
+    assert "prepare: done" in text
+    picture = tmp_path / "job.png"
+    browse(page, tmp_path, f"--screenshot={picture}")
+    with Image.open(picture) as seen:
+        assert seen.size == (1400, 900)
+        # A page that failed to draw is of one colour or two.
+        assert len(seen.convert("RGB").getcolors(2**20)) > 50
 
 
 def wait_for(file):

@@ -39,12 +39,13 @@ SETTINGS = (
     "rollout.num_worlds=6",
     "ray.num_world_actors=2",
 )
-DEATHS = (("busy", 1), ("idle", 3), ("sync", 5), ("checkpoint", 6))
+DEATHS = (("busy", 1), ("idle", 4), ("sync", 5), ("checkpoint", 6))
 """One after the other, in one run; once there are two checkpoints the newer one is damaged."""
 
 
-def train(root: Path, *moment: object) -> int:
+def train(root: Path, ahead: int, *moment: object) -> int:
     command = [sys.executable, str(MORTAL), str(root), *map(str, moment), "--", *SETTINGS]
+    command.append(f"rollout.max_staleness={ahead}")
     with (root / "out.log").open("a") as out:
         return subprocess.run(command, stdout=out, stderr=out, timeout=300).returncode
 
@@ -56,16 +57,22 @@ def start(prepared: Path, root: Path) -> Path:
     return root
 
 
+@pytest.fixture(scope="module", params=[0, 1], ids=["in_turns", "ahead"])
+def ahead(request):
+    """By how many versions the sampler may be behind the learner."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def whole(prepared, tmp_path_factory):
+def whole(ahead, prepared, tmp_path_factory):
     """A run that nothing happens to."""
     root = start(prepared, tmp_path_factory.mktemp("whole") / "run")
-    assert train(root) == 0, (root / "out.log").read_text()[-3000:]
+    assert train(root, ahead) == 0, (root / "out.log").read_text()[-3000:]
     return root
 
 
 @pytest.fixture(scope="module")
-def killed(prepared, tmp_path_factory):
+def killed(ahead, prepared, tmp_path_factory):
     """The same, killed four times; and how every start ended."""
     root = start(prepared, tmp_path_factory.mktemp("killed") / "run")
     checkpoints = root / STAGE / "checkpoints"
@@ -77,7 +84,7 @@ def killed(prepared, tmp_path_factory):
                 f.seek(-8, os.SEEK_END)
                 f.write(b"12345678")
             (root / "damaged").touch()
-        endings.append(train(root, *moment))
+        endings.append(train(root, ahead, *moment))
     return root, endings
 
 
@@ -92,7 +99,7 @@ def test_a_damaged_checkpoint_was_passed_over(killed):
     assert "is passed over for the one before" in (root / "out.log").read_text()
 
 
-def test_a_run_that_was_killed_measures_what_one_does_that_was_not(whole, killed):
+def test_a_run_that_was_killed_measures_what_one_does_that_was_not(ahead, whole, killed):
     one, other = (measured(read_metrics(root, STAGE)) for root in (whole, killed[0]))
     counted = [name for name in one[0] if name.startswith("buffer/")]
     for values in (*one, *other):
@@ -100,6 +107,7 @@ def test_a_run_that_was_killed_measures_what_one_does_that_was_not(whole, killed
         for name in counted:
             del values[name]
     assert len(one) == 8
+    assert max(values["staleness/max"] for values in one) == ahead
     assert other == one
 
 

@@ -468,8 +468,8 @@ def test_the_saved_model_is_the_mean_of_the_later_checkpoints(toy):
 
 def test_a_toy_reward_is_learnt_by_the_real_path(toy):
     earned = toy.values("reward/mean")
-    assert toy.values("format/strict_share")[0] > 0.9
-    assert earned[0] < 0.8
+    # More than the format was left to learn, which the supervised start knows most of.
+    assert earned[0] < toy.values("format/strict_share")[0] - 0.1
     assert min(toy.values("rollout/counterfactual_share")) > 0
     assert sum(earned[-5:]) / 5 > 0.95
 
@@ -495,6 +495,11 @@ def unsynced(prepared, generator, tmp_path_factory):
 def unsynced_ahead(prepared, generator, tmp_path_factory):
     """The same while rollout and training overlap, where stale rows hide it up to the fence."""
     return run_unsynced(prepared, tmp_path_factory.mktemp("fence") / "run", generator, *AHEAD)
+
+
+def test_a_run_that_is_stopped_keeps_no_learner_waiting(unsynced_ahead):
+    assert unsynced_ahead.error is not None
+    wait_for(lambda: not train_worker_pids())
 
 
 def test_a_sync_that_does_nothing_stops_an_overlapping_run_at_the_next_fence(unsynced_ahead):
