@@ -277,8 +277,7 @@ def run_learner(
 
 
 class RemoteLearner:
-    """A fit in a process of its own on this node: when that is stopped, Ray ends all below it and
-    takes its room back. In a thread it could not be stopped.
+    """A fit in a process of its own on this node: in a thread it could not be stopped.
 
     `ended` has the cause when Ray Train has given up.
     """
@@ -296,10 +295,14 @@ class RemoteLearner:
         self.ended: Future[None] = self._task.future()
 
     def stop(self) -> None:
-        """At once, wherever it is; nothing happens if it has ended."""
+        """Wherever it is; nothing happens if it has ended. Does not wait.
+
+        Ray Train takes this for Ctrl-C and gives back what it holds. Were its process killed, what
+        cleans up would ask the dashboard, which a private cluster has not, whether it still lives.
+        """
         import ray
 
-        ray.cancel(self._task, force=True)
+        ray.cancel(self._task)
 
 
 def _fit(
