@@ -144,6 +144,33 @@ def sweep(
             log.info("the report of the full run: %s", place / "report.html")
 
 
+@cluster.command()
+def serve(
+    model: Annotated[Path, typer.Option(help="Model folder, of a run or exported.")],
+    host: Annotated[
+        str, typer.Option(help="Where to listen; any but loopback wants a secret in RLFT_TOKEN.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Engines that answer.")] = 1,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key, as ray.address."),
+    ] = None,
+) -> None:
+    """Answer over HTTP what a junction should show next, until Ctrl-C."""
+    from rl_ft.recipe import load_config
+    from rl_ft.serving import serve_model
+
+    serve_model(
+        model,
+        host=host,
+        port=port,
+        replicas=replicas,
+        config=load_config(None, overrides or ()),
+        on_ready=lambda url: _say(f"{model} answers on {url}/decide; {url}/docs says how"),
+    )
+
+
 def _follow(ray: Cluster, job_id: str, *, stop_on_interrupt: bool) -> int:
     try:
         return ray.follow(job_id, _show)

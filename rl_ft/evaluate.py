@@ -23,7 +23,7 @@ from rl_ft.cluster import ray_session
 from rl_ft.config import Config
 from rl_ft.monitor import write_summary
 from rl_ft.progress import Progress
-from rl_ft.question import asked_as_taught
+from rl_ft.question import asked_as_taught, require_model
 from rl_ft.render import Renderer
 from rl_ft.run_folder import RunFolder, write_atomically
 
@@ -68,12 +68,7 @@ def evaluate_cli(
 ) -> None:
     """`rl-ft evaluate --controller NAME --model DIR --scenario NAME`."""
     for model in models:
-        if not (model / "config.json").is_file():
-            raise UserError(
-                f"--model {model}: expected a model folder, with config.json, weights and "
-                "tokenizer, such as grpo/max_pressure/model of a run; "
-                + ("there is no such folder" if not model.is_dir() else "it has no config.json")
-            )
+        require_model(model, "--model")
     unknown = [name for name in controllers if name not in CONTROLLER_NAMES]
     if unknown:
         raise UserError(

@@ -38,3 +38,13 @@ def asked_as_taught(model_dir: Path, config: Config) -> Config:
         ) from error
     model = config.model.model_copy(update={"instructions": bool(instructions)})
     return config.model_copy(update={"decision_format": name, "model": model})
+
+
+def require_model(model_dir: Path, option: str) -> None:
+    """Raises UserError if there is no model in what an option names."""
+    if not (model_dir / "config.json").is_file():
+        raise UserError(
+            f"{option} {model_dir}: expected a model folder, with config.json, weights and "
+            "tokenizer, such as grpo/max_pressure/model of a run; "
+            + ("there is no such folder" if not model_dir.is_dir() else "it has no config.json")
+        )

@@ -77,7 +77,9 @@ OWNERS = {
         "rl_ft.sweep",
         "rl_ft.sinks",
         "rl_ft.submit",
+        "rl_ft.serving",
     },
+    "fastapi": {"rl_ft.serving"},
     "aiohttp": {"rl_ft.submit"},
     # Of a branch, from the process that was forked for it; never a file.
     "pickle": {"envs.fork"},

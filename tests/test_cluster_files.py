@@ -5,6 +5,7 @@ No container is started here; scripts/run_cluster_test.sh does that.
 
 from __future__ import annotations
 
+import ast
 import copy
 import os
 import re
@@ -50,6 +51,7 @@ MANIFESTS = {
     "cpu": read("kuberay/raycluster.yaml"),
     "gpu": patched(read("kuberay/raycluster.yaml"), read("kuberay-gpu/kustomization.yaml")),
     "job": read("kuberay/rayjob.yaml"),
+    "service": read("kuberay/rayservice.yaml"),
 }
 COMPOSE = {
     "cpu": read("compose.yaml")["services"],
@@ -62,8 +64,8 @@ services = pytest.mark.parametrize("service", COMPOSE["cpu"].values(), ids=COMPO
 
 
 def pods(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pod specs of a RayCluster (head first) or of a RayJob's submitter."""
-    spec = manifest["spec"]
+    """The pod specs of a cluster (head first) or of a RayJob's submitter."""
+    spec = manifest["spec"].get("rayClusterConfig", manifest["spec"])
     if manifest["kind"] == "RayJob":
         return [spec["submitterPodTemplate"]["spec"]]
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
@@ -292,10 +294,49 @@ def test_images_are_those_that_the_build_script_makes(flavour):
     assert defaults == {f"${{RLFT_IMAGE:-{image}}}"}
 
 
-def test_the_launcher_and_the_job_take_an_image_that_the_build_script_makes():
+def test_launcher_job_and_service_take_an_image_that_the_build_script_makes():
     assert LAUNCHER["docker"]["image"] in built_images()
-    (submitter,) = containers(MANIFESTS["job"])
-    assert submitter["image"] in built_images()
+    for container in (*containers(MANIFESTS["job"]), *containers(MANIFESTS["service"])):
+        assert container["image"] in built_images()
+
+
+def test_the_service_is_the_cluster_but_for_what_it_takes_to_serve():
+    def rest(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+        stripped = copy.deepcopy(pods(manifest))
+        for pod in stripped:
+            (container,) = pod["containers"]
+            container.pop("ports", None)
+            del container["resources"], container["readinessProbe"]
+            container["env"] = [e for e in container["env"] if e["name"] != "RLFT_TOKEN"]
+        return stripped
+
+    service, cluster = MANIFESTS["service"], MANIFESTS["cpu"]
+    assert rest(service) == rest(cluster)
+    for key in ("rayVersion", "authOptions"):
+        assert service["spec"]["rayClusterConfig"][key] == cluster["spec"][key]
+
+
+def test_what_the_service_serves_is_what_can_be_served():
+    from ray.serve.schema import ServeDeploySchema
+
+    config = yaml.safe_load(MANIFESTS["service"]["spec"]["serveConfigV2"])
+    (application,) = ServeDeploySchema.model_validate(config).applications
+    module, function = application.import_path.split(":")
+    source = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    assert function in {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
+    assert Path(application.args["model"]).is_relative_to("/app/runs")
+    port = config["http_options"]["port"]
+    for container in containers(MANIFESTS["service"]):
+        assert {"name": "serve", "containerPort": port} in container["ports"]
+    (_, worker) = containers(MANIFESTS["service"])
+    assert worker["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": port}
+
+
+def test_a_service_asks_for_a_token_of_its_own():
+    for container in containers(MANIFESTS["service"]):
+        env = {entry["name"]: entry.get("valueFrom") for entry in container["env"]}
+        secrets = [env[name]["secretKeyRef"]["name"] for name in ("RLFT_TOKEN", "RAY_AUTH_TOKEN")]
+        assert len(set(secrets)) == 2
 
 
 @services

@@ -1,0 +1,180 @@
+"""A model behind HTTP: a junction sends what its detectors see and is told what to show next.
+
+`POST /decide` takes a `Decision` as JSON and gives a `Choice`; `/docs` describes both. The model is
+asked in the words that it was taught, junctions that ask at the same time are answered in one
+batch, and where an answer is invalid max-pressure decides, as in the closed loop. Ray Serve runs
+it: `rl-ft serve` on this machine, `serve run rl_ft.serving:app model=DIR` or a RayService in a
+cluster. Importing this module imports Ray Serve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, HTTPException
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from ray import serve
+
+from envs import dialect
+from envs.answers import Parsed, act, offered, parse
+from envs.controllers import max_pressure
+from envs.errors import UserError
+from envs.types import Action, Decision
+from rl_ft.choice import Choice, chosen, problem
+from rl_ft.cluster import gpu_share, ray_session
+from rl_ft.config import Config
+from rl_ft.question import asked_as_taught, require_model
+from rl_ft.render import PromptTooLongError, Renderer
+
+TOKEN_VARIABLE = "RLFT_TOKEN"
+"""What whoever asks must know, as `Authorization: Bearer ...`."""
+NAME = "rl-ft"
+MAX_BATCH, BATCH_WAIT_S = 64, 0.005
+WATCH_S = 5.0
+
+api = FastAPI(title="rl-ft", description="What a signalled junction should show next.")
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+
+
+@serve.deployment(name="policy")
+@serve.ingress(api)
+class Policy:
+    """One replica: a vLLM engine with one model."""
+
+    def __init__(self, model: str, token: str | None, config: Config) -> None:
+        self._model, self._token = model, token
+        self._config = config = asked_as_taught(Path(model), config)
+        self._renderer = Renderer(model, max_prompt_length=config.model.max_prompt_length)
+        # The engine lives in a thread of its own: while it samples, others are listened to.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._generator = self._thread.submit(self._engine).result()
+
+    def _engine(self) -> object:
+        from rl_ft.generation import Generator
+
+        return Generator(self._model, config=self._config, seed=self._config.seed)
+
+    @api.get("/")
+    async def about(self) -> dict[str, str]:
+        """Which model answers, and to which question."""
+        return {"model": self._model, "decision_format": self._config.decision_format}
+
+    @api.post("/decide")
+    async def decide(self, decision: Decision, credentials: Credentials) -> Choice:
+        """What a junction should show next, from what its detectors see now."""
+        self._check_token(credentials)
+        if wrong := problem(decision):
+            raise HTTPException(422, wrong)
+        decision = offered(decision, self._config.decision_format)
+        if len(decision.legal) == 1:
+            return chosen(decision, Action(phase=decision.legal[0]), "only_one", "")
+        messages = dialect.messages(decision, instructions=self._config.model.instructions)
+        try:
+            prompt = self._renderer.prompt_ids(messages)
+        except PromptTooLongError as error:
+            raise HTTPException(422, str(error)) from error
+        answer = await self._answer(prompt)
+        parsed = parse(decision, answer)
+        if isinstance(parsed, Parsed):
+            return chosen(decision, parsed.action, "model", answer)
+        fallback = act(decision, max_pressure(decision).phase)
+        return chosen(decision, fallback, "max_pressure", answer)
+
+    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
+    async def _answer(self, prompts: list[Sequence[int]]) -> list[str]:
+        def ask() -> list[str]:
+            answers = self._generator.generate(
+                prompts,
+                num_samples=1,
+                temperature=0.0,
+                max_tokens=self._config.grpo.max_completion_length,
+            )
+            return [completion.text for [completion] in answers]
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, ask)
+
+    def _check_token(self, credentials: HTTPAuthorizationCredentials | None) -> None:
+        if self._token is None:
+            return
+        given = credentials.credentials if credentials else ""
+        if not hmac.compare_digest(given.encode(), self._token.encode()):
+            got = "a wrong one" if given else "none"
+            raise HTTPException(
+                401,
+                f"expected the token of this service as Authorization: Bearer ..., got {got}",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+def app(arguments: dict[str, str]) -> serve.Application:
+    """What `serve run` and a RayService build; `model` names the folder.
+
+    Raises:
+        UserError: no token is set; where it listens is not known here.
+    """
+    token = os.environ.get(TOKEN_VARIABLE)
+    if not token:
+        raise UserError(f"expected a secret in {TOKEN_VARIABLE}, got none: anybody could ask")
+    if unknown := set(arguments) - {"model", "replicas"}:
+        raise UserError(f"expected the arguments model and replicas, got {', '.join(unknown)}")
+    model = Path(arguments.get("model", ""))
+    return _application(model, token, Config(), replicas=int(arguments.get("replicas", 1)))
+
+
+def serve_model(
+    model: Path,
+    *,
+    host: str,
+    port: int,
+    replicas: int,
+    config: Config,
+    on_ready: Callable[[str], None],
+) -> None:
+    """Serve until Ctrl-C; `on_ready` is told the address once it answers.
+
+    Raises:
+        UserError: there is no such model, or others may ask and no token is set.
+        RuntimeError: it does not come up, or does not stay up.
+    """
+    require_model(model, "--model")
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    if token is None and not _is_loopback(host):
+        raise UserError(
+            f"--host {host} lets others ask: expected a secret in {TOKEN_VARIABLE}, got none"
+        )
+    with ray_session(config):
+        serve.start(http_options={"host": host, "port": port})
+        try:
+            serve.run(_application(model, token, config, replicas=replicas), name=NAME)
+            on_ready(f"http://{host}:{port}")
+            while (status := serve.status().applications[NAME]).status == "RUNNING":
+                time.sleep(WATCH_S)
+            raise RuntimeError(f"the service is {status.status.lower()}: {status.message}")
+        finally:
+            serve.shutdown()
+
+
+def _application(
+    model: Path, token: str | None, config: Config, *, replicas: int
+) -> serve.Application:
+    require_model(model, "model")
+    options = {"num_cpus": config.ray.cpus_per_generator, "num_gpus": gpu_share(replicas)}
+    policy = Policy.options(
+        num_replicas=replicas, ray_actor_options=options, max_ongoing_requests=4 * MAX_BATCH
+    )
+    return policy.bind(str(model.absolute()), token, config)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,190 @@
+"""A model behind HTTP decides as it does in the closed loop; who asks wrongly is told how."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from loop_case import START, loop_config
+from pydantic import TypeAdapter
+
+from envs.answers import Parsed, offered, parse
+from envs.scenario import load_scenario
+from envs.types import Action, Decision
+from envs.world import World
+from rl_ft.actors import RemoteAsk
+from rl_ft.crew import Samplers
+from rl_ft.render import Renderer
+
+pytestmark = pytest.mark.e2e
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+TOKEN = "a-token-of-the-tests"
+DECISION = TypeAdapter(Decision)
+LIMIT_S = 240.0
+NUM_INSTANTS = 12
+
+
+def command(model: Path, *options: object) -> list[str]:
+    return [sys.executable, "-m", "rl_ft.cli", "serve", "--model", *map(str, (model, *options))]
+
+
+@pytest.fixture(scope="module")
+def service(prepared):
+    """`rl-ft serve`, until Ctrl-C; its address."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    process = subprocess.Popen(
+        command(prepared / "sft" / START, "--port", port),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"RLFT_TOKEN": TOKEN},
+    )
+    line = process.stderr.readline()
+    while line and "answers on" not in line:
+        line = process.stderr.readline()
+    yield f"http://127.0.0.1:{port}"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=LIMIT_S) == 130
+
+
+def post(service: str, body: bytes, token: str | None = TOKEN) -> tuple[int, dict]:
+    headers = {"Content-Type": "application/json"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    request = urllib.request.Request(f"{service}/decide", data=body, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as refused:
+        return refused.code, json.load(refused)
+
+
+@pytest.fixture(scope="module")
+def instants():
+    """What the junctions of a city have to decide while max-pressure drives."""
+    with World() as world:
+        scenario = load_scenario("generated:1001")
+        world.reset(scenario, seed=1)
+        found = []
+        for i in range(NUM_INSTANTS):
+            world.drive("max_pressure", until_s=scenario.begin_s + 60 * (i + 1))
+            found += world.decisions()
+    assert any(len(decision.legal) > 1 for decision in found)
+    return found
+
+
+def test_a_service_decides_as_the_model_does_in_the_closed_loop(
+    service, prepared, generator, instants
+):
+    config, model = loop_config(), str(prepared / "sft" / START)
+    samplers = Samplers([lambda _: generator], max_failures=0, call_timeout_s=LIMIT_S)
+    asyncio.run(samplers.load_folder(model))
+    ask = RemoteAsk(
+        samplers, Renderer(model, max_prompt_length=config.model.max_prompt_length), config
+    )
+    asked = [offered(d, config.decision_format) for d in instants if len(d.legal) > 1]
+    answers = [parse(d, completion.text) for d, completion in zip(asked, ask(asked), strict=True)]
+    with ThreadPoolExecutor(8) as pool:
+        served = list(pool.map(lambda d: post(service, DECISION.dump_json(d)), asked))
+    assert {status for status, _ in served} == {200}
+    by_model = 0
+    for decision, expected, (_, choice) in zip(asked, answers, served, strict=True):
+        if isinstance(expected, Parsed):
+            by_model += 1
+            assert choice["decided_by"] == "model"
+            assert Action(phase=choice["phase"], hold_s=choice["hold_s"]) == expected.action
+        else:
+            assert choice["decided_by"] == "max_pressure"
+        assert choice["phase"] in decision.legal
+        phase = decision.junction.phases[choice["phase"]]
+        assert (choice["name"], choice["state"]) == (phase.name, phase.state)
+    assert by_model > len(asked) / 2
+
+
+def test_the_example_of_the_readme_is_answered(service, instants, capsys):
+    blocks = re.findall(r"```python\n(.+?)```", README.read_text(), re.DOTALL)
+    [example] = [block for block in blocks if "/decide" in block]
+    example = example.replace("http://127.0.0.1:8000", service)
+    example = example.replace("headers = {", f'headers = {{"Authorization": "Bearer {TOKEN}", ')
+    exec(compile(example, "README.md", "exec"), {"decision": instants[0]})
+    assert "'decided_by': 'model'" in capsys.readouterr().out
+
+
+def test_where_one_phase_is_legal_nobody_is_asked(service, instants):
+    decision = replace(instants[0], legal=instants[0].legal[:1])
+    status, choice = post(service, DECISION.dump_json(decision))
+    assert (status, choice["decided_by"], choice["answer"]) == (200, "only_one", "")
+    assert choice["phase"] == decision.legal[0]
+
+
+@pytest.mark.parametrize(("token", "got"), [(None, "got none"), ("another", "got a wrong one")])
+def test_who_has_not_the_token_is_turned_away(service, instants, token, got):
+    status, said = post(service, DECISION.dump_json(instants[0]), token)
+    assert status == 401
+    assert got in said["detail"]
+
+
+def test_a_decision_that_does_not_fit_itself_is_named(service, instants):
+    content = json.loads(DECISION.dump_json(instants[0]))
+    content["observation"]["lanes"].pop()
+    status, said = post(service, json.dumps(content).encode())
+    assert status == 422
+    assert said["detail"].startswith("observation.lanes: expected ")
+
+
+def test_a_decision_without_a_field_is_named(service):
+    status, said = post(service, b'{"scenario": "mine"}')
+    assert status == 422
+    assert ["body", "junction"] in [wrong["loc"] for wrong in said["detail"]]
+
+
+def test_what_can_be_asked_is_described(service):
+    with urllib.request.urlopen(f"{service}/openapi.json", timeout=LIMIT_S) as answer:
+        described = json.load(answer)
+    assert "/decide" in described["paths"]
+    assert {"Decision", "Choice"} <= described["components"]["schemas"].keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--host", "0.0.0.0"), "lets others ask: expected a secret in RLFT_TOKEN"),
+        (("--set", "ray.addres=auto"), "ray.addres"),
+    ],
+)
+def test_a_service_that_cannot_be_is_named(prepared, options, said):
+    env = {name: value for name, value in os.environ.items() if name != "RLFT_TOKEN"}
+    done = subprocess.run(
+        command(prepared / "sft" / START, *options), capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_model_that_is_none_is_named(tmp_path):
+    done = subprocess.run(command(tmp_path / "none"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "there is no such folder" in done.stderr
+
+
+def test_a_cluster_serves_nothing_without_a_token(monkeypatch):
+    from envs.errors import UserError
+    from rl_ft.serving import app
+
+    monkeypatch.delenv("RLFT_TOKEN", raising=False)
+    with pytest.raises(UserError, match="RLFT_TOKEN"):
+        app({"model": "anything"})
