@@ -63,8 +63,9 @@ class Policy:
         return Generator(self._model, config=self._config, seed=self._config.seed)
 
     @api.get("/")
-    async def about(self) -> dict[str, str]:
+    async def about(self, credentials: Credentials) -> dict[str, str]:
         """Which model answers, and to which question."""
+        self._check_token(credentials)
         return {"model": self._model, "decision_format": self._config.decision_format}
 
     @api.post("/decide")
@@ -155,9 +156,10 @@ def serve_model(
         try:
             serve.run(_application(model, token, config, replicas=replicas), name=NAME)
             on_ready(f"http://{host}:{port}")
-            while (status := serve.status().applications[NAME]).status == "RUNNING":
+            # A replica that dies is replaced; that is no end.
+            while (now := serve.status().applications[NAME]).status != "DEPLOY_FAILED":
                 time.sleep(WATCH_S)
-            raise RuntimeError(f"the service is {status.status.lower()}: {status.message}")
+            raise RuntimeError(f"the service has failed: {now.message}")
         finally:
             serve.shutdown()
 

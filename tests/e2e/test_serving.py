@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
-from loop_case import START, loop_config
+from loop_case import START, loop_config, wait_for
 from pydantic import TypeAdapter
 
 from envs.answers import Parsed, offered, parse
@@ -34,6 +35,7 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 TOKEN = "a-token-of-the-tests"
 DECISION = TypeAdapter(Decision)
 LIMIT_S = 240.0
+REPLICA = "ray::ServeReplica:rl-ft:policy"
 NUM_INSTANTS = 12
 
 
@@ -70,7 +72,8 @@ def post(service: str, body: bytes, token: str | None = TOKEN) -> tuple[int, dic
         with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as refused:
-        return refused.code, json.load(refused)
+        said = refused.read().decode()
+        return refused.code, json.loads(said) if said.startswith("{") else {"detail": said}
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +153,19 @@ def test_a_decision_without_a_field_is_named(service):
     status, said = post(service, b'{"scenario": "mine"}')
     assert status == 422
     assert ["body", "junction"] in [wrong["loc"] for wrong in said["detail"]]
+
+
+def test_an_engine_that_is_killed_is_replaced(service, instants):
+    def replicas():
+        processes = psutil.process_iter(["cmdline"])
+        return [p for p in processes if (p.info["cmdline"] or [""])[0].startswith(REPLICA)]
+
+    [victim] = replicas()
+    victim.kill()
+    victim.wait(timeout=LIMIT_S)
+    body = DECISION.dump_json(next(d for d in instants if len(d.legal) > 1))
+    wait_for(lambda: post(service, body)[0] == 200, timeout_s=LIMIT_S)
+    assert victim not in replicas()
 
 
 def test_what_can_be_asked_is_described(service):
