@@ -171,6 +171,18 @@ def serve(
     )
 
 
+@cluster.command()
+def pull(
+    url: Annotated[str, typer.Argument(help="What monitor.mirror was when the run was started.")],
+    out: Annotated[Path, typer.Option(help="New run folder.")],
+) -> None:
+    """Bring back the newest copy of a run, to go on with it by --resume."""
+    from rl_ft.mirror import Mirror
+
+    Mirror(url).pull(out)
+    _say(f"{out} is there; go on with it: rl-ft run --out {out} --resume")
+
+
 def _follow(ray: Cluster, job_id: str, *, stop_on_interrupt: bool) -> int:
     try:
         return ray.follow(job_id, _show)

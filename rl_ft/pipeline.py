@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from envs.errors import UserError
 from rl_ft.cluster import ray_session
 from rl_ft.config import Config
+from rl_ft.mirror import Copier
 from rl_ft.progress import Progress
 from rl_ft.run_folder import RunFolder
 
@@ -43,10 +44,12 @@ def run_stage(stage: str, config: Config, folder: RunFolder) -> None:
             f"{stage} needs {missing[0]}, which is not done in {folder.root}: "
             f"run `rl-ft {missing[0]} --out {folder.root}` first, or all with `rl-ft run`"
         )
+    copier = Copier(config.monitor.mirror, folder.root)
     log.info("%s: starting", stage)
     with Progress(stage):
         STAGES[stage](config, folder)
     folder.mark_done(stage)
+    copier.finish()
     log.info("%s: done", stage)
 
 

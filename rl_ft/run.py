@@ -33,6 +33,7 @@ from rl_ft.figures import rates, shown
 from rl_ft.health import HealthMonitor
 from rl_ft.lineage import Lineage
 from rl_ft.memory import Memories, Memory
+from rl_ft.mirror import Copier
 from rl_ft.monitor import LoadSampler, MetricLog
 from rl_ft.parity import UNKNOWN, MismatchGate, ParityError
 from rl_ft.progress import Progress
@@ -118,6 +119,7 @@ class GrpoLoop:
         )
         self._pending: dict[int, dict[str, float]] = {}
         self.lineage = Lineage(config.rollout.max_staleness)
+        self._copier = Copier(config.monitor.mirror, folder.root)
         self._memories = Memories(folder.path(self._stage, "memory"))
         self.snapshots = Snapshots(folder.path(self._stage, "snapshots"))
         self._checks = Checks(
@@ -315,6 +317,9 @@ class GrpoLoop:
             self._record.log(self._stage, step, values)
             if step % self._config.grpo.save_steps == 0:
                 await self._remember(step)
+            elif (step - 1) % self._config.grpo.save_steps == 0:
+                # The checkpoint before this step is there.
+                self._copier.begin()
             await self._buffer.confirm.remote(step)
             self._progress.update(step, **shown(values, self._checks.latest))
             self._progress.say()

@@ -349,7 +349,11 @@ class RayConfig(Section):
 
 
 class MonitorConfig(Section):
-    """Who watches; `metrics.jsonl` and TensorBoard always do."""
+    """Who watches; `metrics.jsonl` and TensorBoard always do. And where a copy is kept."""
+
+    mirror: str | None = None
+    """Any fsspec path, such as s3://bucket/first: a copy of the run folder after every stage and
+    every checkpoint of GRPO; `rl-ft pull` brings it back. Checked when a stage starts."""
 
     ray: bool | None = None
     """Ray's metrics, for Prometheus; None: where `ray.address` joins a cluster. The exporter of Ray

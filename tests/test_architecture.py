@@ -80,6 +80,7 @@ OWNERS = {
         "rl_ft.serving",
     },
     "fastapi": {"rl_ft.serving"},
+    "fsspec": {"rl_ft.mirror"},
     "aiohttp": {"rl_ft.submit"},
     # Of a branch, from the process that was forked for it; never a file.
     "pickle": {"envs.fork"},

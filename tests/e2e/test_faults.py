@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from test_loop import measured
 from rl_ft.actors import start_worlds
 from rl_ft.checkpoints import checkpoint_steps
 from rl_ft.crew import Samplers
+from rl_ft.mirror import Mirror
 from rl_ft.monitor import MetricLog, read_metrics
 from rl_ft.run import GrpoLoop
 from rl_ft.run_folder import RunFolder
@@ -43,9 +45,13 @@ DEATHS = (("busy", 1), ("idle", 4), ("sync", 5), ("checkpoint", 6))
 """One after the other, in one run; once there are two checkpoints the newer one is damaged."""
 
 
+def copy_of(root: Path) -> str:
+    return f"file://{root}-copy"
+
+
 def train(root: Path, ahead: int, *moment: object) -> int:
     command = [sys.executable, str(MORTAL), str(root), *map(str, moment), "--", *SETTINGS]
-    command.append(f"rollout.max_staleness={ahead}")
+    command += [f"rollout.max_staleness={ahead}", f"monitor.mirror={copy_of(root)}"]
     with (root / "out.log").open("a") as out:
         return subprocess.run(command, stdout=out, stderr=out, timeout=300).returncode
 
@@ -73,7 +79,7 @@ def whole(ahead, prepared, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(ahead, prepared, tmp_path_factory):
-    """The same, killed four times; and how every start ended."""
+    """The same, killed four times, and its folder lost the last time; how every start ended."""
     root = start(prepared, tmp_path_factory.mktemp("killed") / "run")
     checkpoints = root / STAGE / "checkpoints"
     endings = []
@@ -84,6 +90,9 @@ def killed(ahead, prepared, tmp_path_factory):
                 f.seek(-8, os.SEEK_END)
                 f.write(b"12345678")
             (root / "damaged").touch()
+        if not moment:
+            shutil.rmtree(root)
+            Mirror(copy_of(root)).pull(root)
         endings.append(train(root, ahead, *moment))
     return root, endings
 
@@ -97,6 +106,12 @@ def test_a_damaged_checkpoint_was_passed_over(killed):
     root, _ = killed
     assert (root / "damaged").exists()
     assert "is passed over for the one before" in (root / "out.log").read_text()
+
+
+def test_a_run_whose_folder_was_lost_went_on_from_a_copy(killed):
+    root, endings = killed
+    assert not (root / "sft").is_symlink()
+    assert endings[-1] == 0
 
 
 def test_a_run_that_was_killed_measures_what_one_does_that_was_not(ahead, whole, killed):

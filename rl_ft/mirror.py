@@ -1,0 +1,190 @@
+"""A copy of a run folder at any fsspec path, from which another machine goes on.
+
+What files hold lies in `blobs/`, under its hash, and `manifests/N.json` names every file of the
+folder with its hash. A manifest is written last and what it names is never changed, so a copy is
+there as a whole or not at all, and what did not change since the last one is not sent again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from envs.errors import UserError
+from rl_ft.run_folder import appearing
+
+log = logging.getLogger(__name__)
+
+LEFT_OUT = {".lock", ".incomplete", "ray"}
+"""Files and folders that only mean something where they are, or that are being written."""
+IN_MEMORY_BYTES = 64 * 2**20
+"""Up to this size a file is sent as it was read at one instant: it may be growing."""
+
+
+class Mirror:
+    """Copies of one run folder.
+
+    Example:
+        mirror = Mirror("s3://bucket/first")
+        mirror.push(Path("runs/first"))
+        mirror.pull(Path("runs/again"))   # on another machine
+
+    Raises:
+        UserError: nothing that can be asked is at the path.
+    """
+
+    def __init__(self, url: str, *, keep: int = 2) -> None:
+        self._url, self._keep = url.rstrip("/"), keep
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self._url)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"{url} is no path that fsspec can open: {error}; expected one such as "
+                "s3://bucket/folder, gs://bucket/folder or file:///folder"
+            ) from error
+        self._known: dict[tuple[Path, int, int], str] = {}
+
+    def push(self, folder: Path) -> None:
+        """Add a copy, and forget all but the `keep` newest."""
+        for place in ("blobs", "manifests"):
+            self._fs.makedirs(f"{self._root}/{place}", exist_ok=True)
+        there = {Path(name).name: size for name, size in self._sizes("blobs")}
+        files = {}
+        for file in _files(folder):
+            try:
+                files[str(file.relative_to(folder))] = self._send(file, there)
+            except FileNotFoundError:
+                # Of a checkpoint that is being forgotten: its seal will tell.
+                continue
+        numbers = self._numbers()
+        number = max(numbers, default=0) + 1
+        self._fs.pipe_file(self._manifest(number), json.dumps(files).encode())
+        self._forget([*numbers, number])
+
+    def pull(self, folder: Path) -> None:
+        """The newest copy, as a folder that must not be there yet.
+
+        Raises:
+            UserError: it is there, or no copy is whole.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is there already; give another --out")
+        causes = []
+        for number in reversed(self._numbers()):
+            try:
+                files = json.loads(self._fs.cat_file(self._manifest(number)))
+                with appearing(folder) as partial:
+                    for name, digest in files.items():
+                        self._receive(digest, partial / name)
+                return
+            except (OSError, ValueError) as error:
+                causes.append(f"copy {number}: {error}")
+                log.warning("%s: copy %d is not whole: %s", self._url, number, error)
+        raise UserError(f"there is no copy of a run in {self._url} ({'; '.join(causes) or 'none'})")
+
+    def _send(self, file: Path, there: dict[str, int]) -> str:
+        stat = file.stat()
+        if stat.st_size <= IN_MEMORY_BYTES:
+            content = file.read_bytes()
+            digest = hashlib.blake2b(content, digest_size=20).hexdigest()
+            if there.get(digest) != len(content):
+                self._fs.pipe_file(self._blob(digest), content)
+                there[digest] = len(content)
+            return digest
+        key = (file, stat.st_size, stat.st_mtime_ns)
+        digest = self._known.get(key) or _digest(file)
+        self._known[key] = digest
+        if there.get(digest) != stat.st_size:
+            self._fs.put_file(str(file), self._blob(digest))
+            there[digest] = stat.st_size
+        return digest
+
+    def _receive(self, digest: str, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._fs.get_file(self._blob(digest), str(file))
+        if _digest(file) != digest:
+            raise ValueError(f"{file.name} is not as it was sent")
+
+    def _forget(self, numbers: list[int]) -> None:
+        kept = sorted(numbers)[-self._keep :]
+        for number in set(numbers) - set(kept):
+            self._fs.rm_file(self._manifest(number))
+        wanted = set()
+        for number in kept:
+            wanted |= set(json.loads(self._fs.cat_file(self._manifest(number))).values())
+        for name, _ in self._sizes("blobs"):
+            if Path(name).name not in wanted:
+                self._fs.rm_file(name)
+
+    def _numbers(self) -> list[int]:
+        names = (Path(name) for name, _ in self._sizes("manifests"))
+        return sorted(int(name.stem) for name in names if name.stem.isdigit())
+
+    def _sizes(self, place: str) -> Iterator[tuple[str, int]]:
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.ls(f"{self._root}/{place}", detail=True)
+        except FileNotFoundError:
+            return
+        for entry in found:
+            if entry["type"] == "file":
+                yield entry["name"], entry["size"]
+
+    def _blob(self, digest: str) -> str:
+        return f"{self._root}/blobs/{digest}"
+
+    def _manifest(self, number: int) -> str:
+        return f"{self._root}/manifests/{number}.json"
+
+
+class Copier:
+    """Copies a run folder beside the run: one copy at a time, and none ends the run."""
+
+    def __init__(self, url: str | None, folder: Path) -> None:
+        self._mirror = None if url is None else Mirror(url)
+        self._folder = folder
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mirror")
+        self._latest: Future[Any] | None = None
+
+    def begin(self) -> None:
+        """Copy, unless the last copy is still under way."""
+        if self._mirror is not None and (self._latest is None or self._latest.done()):
+            self._latest = self._thread.submit(self._copy)
+
+    def finish(self) -> None:
+        """Copy what is there now, and wait for it."""
+        if self._mirror is not None:
+            self._thread.submit(self._copy).result()
+
+    def _copy(self) -> None:
+        try:
+            self._mirror.push(self._folder)
+        except Exception as error:  # whatever a storage raises: the run itself is whole
+            log.warning("%s was not copied: %s: %s", self._folder, type(error).__name__, error)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    try:
+        entries = sorted(folder.iterdir())
+    except FileNotFoundError:
+        # Forgotten since it was listed, like a file of an old checkpoint.
+        return
+    for entry in entries:
+        if entry.name in LEFT_OUT or entry.name.endswith(".partial"):
+            continue
+        if entry.is_dir():
+            yield from _files(entry)
+        else:
+            yield entry
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
