@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import threading
 import uuid
 from collections import Counter
@@ -46,6 +47,26 @@ def gpu_share(num_holders: int) -> float:
 
 
 @contextmanager
+def late_interrupt() -> Iterator[None]:
+    """Ctrl-C counts once what is inside is done, for what forks as Ray's start does.
+
+    Python handles a signal that comes during a fork in a hook of the fork, where it loses the
+    interrupt and, with it, the lock of logging: the process would go on, and stop at its next line.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
 def ray_session(config: Config) -> Iterator[None]:
     """Connected to Ray inside; a session that is already open is used and left open.
 
@@ -67,7 +88,7 @@ def ray_session(config: Config) -> Iterator[None]:
             # The thread that exports them can crash its process (Ray 2.60: a segmentation fault in
             # TemporalMetricStorage::buildMetrics), and hardly anybody collects a private cluster's.
             os.environ.setdefault("RAY_enable_metrics_collection", "0")
-        with Progress("starting Ray"):
+        with Progress("starting Ray"), late_interrupt():
             ray.init(
                 address="local",
                 num_cpus=settings.num_cpus,
