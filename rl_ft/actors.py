@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from envs import dialect
 from envs.scenario import expand
@@ -27,7 +26,7 @@ from envs.types import Decision
 from rl_ft.admission import Admission
 from rl_ft.asking import Render
 from rl_ft.buffer import GroupBuffer
-from rl_ft.cluster import Places, gpu_share
+from rl_ft.cluster import Places, gpu_share, on_this_node
 from rl_ft.config import Config
 from rl_ft.crew import Post, RemoteWorlds, Samplers
 from rl_ft.dataset import read_states
@@ -272,8 +271,7 @@ def start_actors(
 
 def start_buffer(admission: Admission) -> Any:
     """On the driver's own node: what it holds must not be lost with another one."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return BufferActor.options(scheduling_strategy=here).remote(admission)
+    return BufferActor.options(scheduling_strategy=on_this_node()).remote(admission)
 
 
 def start_generators(config: Config, model_path: str, *, num_others: int = 0) -> Samplers:

@@ -18,7 +18,10 @@ from rl_ft.config import Config
 from rl_ft.progress import Progress
 
 if TYPE_CHECKING:
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    from ray.util.scheduling_strategies import (
+        NodeAffinitySchedulingStrategy,
+        PlacementGroupSchedulingStrategy,
+    )
 
 Result = TypeVar("Result")
 
@@ -103,6 +106,14 @@ def ray_session(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """For what must be where its driver is."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class Places:

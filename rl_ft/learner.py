@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 from envs.errors import UserError
 from rl_ft.buffer import TrainingEnded
 from rl_ft.checkpoints import latest_checkpoint
-from rl_ft.cluster import ROOM_ATTEMPTS, gpu_share
+from rl_ft.cluster import ROOM_ATTEMPTS, gpu_share, on_this_node
 from rl_ft.config import Config
 
 if TYPE_CHECKING:
@@ -286,10 +286,10 @@ class RemoteLearner:
         self, train_config: TrainConfig, settings: RayConfig, storage_path: str | Path
     ) -> None:
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+        fit = ray.remote(_fit).options(
+            num_cpus=0, max_retries=0, scheduling_strategy=on_this_node()
+        )
         num_gpus = gpu_share(settings.num_generators + settings.num_learners)
         self._task = fit.remote(train_config, settings, storage_path, num_gpus)
         self.ended: Future[None] = self._task.future()

@@ -177,10 +177,11 @@ class GrpoLoop:
             await loading
             next_step = opened.stop
         # It waits for the record of its last steps.
-        while not learner.ended.done():
-            await asyncio.wait({asyncio.wrap_future(learner.ended)}, timeout=POLL_S)
+        ended = asyncio.wrap_future(learner.ended)
+        while not ended.done():
+            await asyncio.wait({ended}, timeout=POLL_S)
             await self._take_metrics()
-        learner.ended.result()
+        ended.result()
 
     async def _go_on_from(self, ref: WeightsRef) -> None:
         """A learner has begun, or begun again: what comes after its checkpoint is made anew."""

@@ -566,9 +566,9 @@ def test_the_dashboard_shows_the_run_of_a_job(head, shown, tmp_path):
         assert len(seen.convert("RGB").getcolors(2**20)) > 50
 
 
-def wait_for(file):
+def wait_for(file, text=""):
     deadline = time.monotonic() + LIMIT_S
-    while not file.exists():
+    while not (file.exists() and (not text or text in file.read_text())):
         assert time.monotonic() < deadline, file
         time.sleep(0.5)
 
@@ -583,11 +583,7 @@ LONG = (
 def test_ctrl_c_stops_the_job_if_that_was_asked_for(head, tmp_path):
     process = head.rl_ft("--stop-on-interrupt", "--", *LONG, cwd=tmp_path)
     wait_for(tmp_path / "runs" / "long" / "model" / "model.safetensors")
-    log = tmp_path / "runs" / "long" / "run.log"
-    deadline = time.monotonic() + LIMIT_S
-    while "decision states: " not in log.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    wait_for(tmp_path / "runs" / "long" / "run.log", "decision states: ")
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130, stderr
