@@ -24,7 +24,7 @@ class Choice:
     decided_by: DecidedBy
     """`max_pressure`: the answer was invalid; `only_one`: nothing else was legal."""
     answer: str
-    """What the model said."""
+    """What the model said, or its answers to several tellings elected."""
 
 
 def problem(decision: Decision) -> str | None:

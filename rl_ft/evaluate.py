@@ -26,6 +26,7 @@ from rl_ft.progress import Progress
 from rl_ft.question import asked_as_taught, require_model
 from rl_ft.render import Renderer
 from rl_ft.run_folder import RunFolder, write_atomically
+from rl_ft.vote import voting
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,8 @@ def _sampler(config: Config, models: dict[str, Path]) -> Iterator[Callable[[Path
         def ask_as(path: Path, own: Config) -> Ask:
             samplers = engine_for(path)
             asyncio.run(samplers.load_folder(str(path)))
-            return RemoteAsk(samplers, renderers[path], own)
+            asked_once = RemoteAsk(samplers, renderers[path], own)
+            return voting(asked_once, num_tellings=config.evaluate.num_tellings)
 
         try:
             yield ask_as

@@ -311,6 +311,9 @@ class EvaluateConfig(Section):
     lookahead_horizon_s: float = Field(30.0, gt=0)
     fallback: Controller = "max_pressure"
     """Decides where a model's answer is invalid; counted."""
+    num_tellings: int = Field(8, ge=1)
+    """A model that is not sure is asked so often, in other orders and names, and its answers vote
+    (`rl_ft.vote`); 1: once."""
 
 
 class RayConfig(Section):

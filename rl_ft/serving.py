@@ -1,8 +1,9 @@
 """A model behind HTTP: a junction sends what its detectors see and is told what to show next.
 
 `POST /decide` takes a `Decision` as JSON and gives a `Choice`; `/docs` describes both. The model is
-asked in the words that it was taught, junctions that ask at the same time are answered in one
-batch, and where an answer is invalid max-pressure decides, as in the closed loop. Ray Serve runs
+asked in the words that it was taught and again where it is not sure, junctions that ask at the same
+time are answered in one batch, and where an answer is invalid max-pressure decides, as in the
+closed loop. Ray Serve runs
 it: `rl-ft serve` on this machine, `serve run rl_ft.serving:app model=DIR` or a RayService in a
 cluster. Importing this module imports Ray Serve.
 """
@@ -33,6 +34,8 @@ from rl_ft.cluster import gpu_share, ray_session
 from rl_ft.config import Config
 from rl_ft.question import asked_as_taught, require_model
 from rl_ft.render import PromptTooLongError, Renderer
+from rl_ft.types import Completion
+from rl_ft.vote import doubts, elected
 
 TOKEN_VARIABLE = "RLFT_TOKEN"
 """What whoever asks must know, as `Authorization: Bearer ...`."""
@@ -77,28 +80,37 @@ class Policy:
         decision = offered(decision, self._config.decision_format)
         if len(decision.legal) == 1:
             return chosen(decision, Action(phase=decision.legal[0]), "only_one", "")
-        messages = dialect.messages(decision, instructions=self._config.model.instructions)
         try:
-            prompt = self._renderer.prompt_ids(messages)
+            answer = (await self._elected(decision)).text
         except PromptTooLongError as error:
             raise HTTPException(422, str(error)) from error
-        answer = await self._answer(prompt)
         parsed = parse(decision, answer)
         if isinstance(parsed, Parsed):
             return chosen(decision, parsed.action, "model", answer)
         fallback = act(decision, max_pressure(decision).phase)
         return chosen(decision, fallback, "max_pressure", answer)
 
+    async def _elected(self, decision: Decision) -> Completion:
+        answer = await self._answer(self._prompt(decision))
+        num = self._config.evaluate.num_tellings
+        told = doubts(decision, answer, num_tellings=num)
+        others = (self._answer(self._prompt(telling.decision)) for telling in told)
+        return elected(decision, answer, told, await asyncio.gather(*others))
+
+    def _prompt(self, decision: Decision) -> tuple[int, ...]:
+        messages = dialect.messages(decision, instructions=self._config.model.instructions)
+        return self._renderer.prompt_ids(messages)
+
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
-    async def _answer(self, prompts: list[Sequence[int]]) -> list[str]:
-        def ask() -> list[str]:
+    async def _answer(self, prompts: list[Sequence[int]]) -> list[Completion]:
+        def ask() -> list[Completion]:
             answers = self._generator.generate(
                 prompts,
                 num_samples=1,
                 temperature=0.0,
                 max_tokens=self._config.grpo.max_completion_length,
             )
-            return [completion.text for [completion] in answers]
+            return [completion for [completion] in answers]
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, ask)
 
@@ -127,6 +139,7 @@ def app(arguments: dict[str, str]) -> serve.Application:
     if unknown := set(arguments) - {"model", "replicas"}:
         raise UserError(f"expected the arguments model and replicas, got {', '.join(unknown)}")
     model = Path(arguments.get("model", ""))
+    require_model(model, "model")
     return _application(model, token, Config(), replicas=int(arguments.get("replicas", 1)))
 
 
@@ -167,7 +180,6 @@ def serve_model(
 def _application(
     model: Path, token: str | None, config: Config, *, replicas: int
 ) -> serve.Application:
-    require_model(model, "model")
     options = {"num_cpus": config.ray.cpus_per_generator, "num_gpus": gpu_share(replicas)}
     policy = Policy.options(
         num_replicas=replicas, ray_actor_options=options, max_ongoing_requests=4 * MAX_BATCH

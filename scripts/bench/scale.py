@@ -1,10 +1,10 @@
 """What more world actors and more nodes give, and what 1,000 worlds and 64 samplers would send.
 
 First: groups per second for 1 to 8 world actors that share as many simulations, on 1 to 3 nodes of
-a cluster on this machine, beside the same pools driven by threads without Ray. Answers come from a
-list, so no sampler and no learner compete for the cores. Then, from the sizes of the messages of
-that very run and from what it cost the driver to handle a group: bytes and messages per step of a
-large run, and which part is full first.
+a cluster on this machine, in turns with the same pools driven by threads without Ray. Answers come
+from a list, so no sampler and no learner compete for the cores. Then, from the sizes of the
+messages of that very run and from what it cost the driver to handle a group: bytes and messages per
+step of a large run, and which part is full first.
 
     python scripts/bench/scale.py
 """
@@ -15,11 +15,12 @@ import argparse
 import asyncio
 import os
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,37 +104,51 @@ class Local:
         return await loop.run_in_executor(self._threads, self._pool.settle, orders)
 
 
-def collect(teams: Sequence[Worlds], render: Render, config: Config, rounds: int) -> Rate:
-    """Groups of all teams at once, `rounds` times; one round before warms up and is not counted."""
-    quotas = shares(config.rollout.num_groups, len(teams))
-    recalls = [Recall(seed=i, num_waiting=0) for i in range(len(teams))]
-    generate = Listed(render)
+class Way:
+    """One way to drive the simulations, round by round."""
 
-    async def one(number: int) -> int:
+    def __init__(self, teams: Sequence[Worlds], render: Render, config: Config) -> None:
+        self._teams, self._render, self._config = teams, render, config
+        self._recalls = [Recall(seed=i, num_waiting=0) for i in range(len(teams))]
+        self.rates: list[Rate] = []
+
+    async def collect(self, number: int) -> None:
+        """Groups of all teams at once, and what they took."""
+        quotas = shares(self._config.rollout.num_groups, len(self._teams))
+        generate = Listed(self._render)
+        started, driver_s = time.perf_counter(), time.thread_time()
         parts = await asyncio.gather(
             *(
                 collect_groups(
                     team,
                     generate,
-                    render,
-                    config,
+                    self._render,
+                    self._config,
                     quota=quota,
                     seed=number * 1_000 + i * 100,
                     recall=recall,
                 )
-                for i, (team, quota, recall) in enumerate(zip(teams, quotas, recalls, strict=True))
+                for i, (team, quota, recall) in enumerate(
+                    zip(self._teams, quotas, self._recalls, strict=True)
+                )
             )
         )
-        return sum(len(part.groups) for part in parts)
+        self.rates.append(
+            Rate(
+                groups=sum(len(part.groups) for part in parts),
+                wall_s=time.perf_counter() - started,
+                driver_s=time.thread_time() - driver_s,
+            )
+        )
 
-    async def every() -> Rate:
-        await one(0)
-        started, driver_s = time.perf_counter(), time.thread_time()
-        groups = sum([await one(number) for number in range(1, rounds + 1)])
-        wall_s = time.perf_counter() - started
-        return Rate(groups=groups, wall_s=wall_s, driver_s=time.thread_time() - driver_s)
 
-    return asyncio.run(every())
+async def in_turns(ways: Sequence[Way], rounds: int) -> None:
+    """The ways one after the other, in every round the other way round; the first warms up."""
+    for number in range(rounds + 1):
+        for way in ways[:: 1 if number % 2 else -1]:
+            await way.collect(number)
+    for way in ways:
+        del way.rates[0]
 
 
 @contextmanager
@@ -155,17 +170,32 @@ def nodes(num: int, num_cpus: int) -> Iterator[None]:
         cluster.shutdown()
 
 
-def with_ray(config: Config, render: Render, rounds: int) -> tuple[Rate, dict[str, float]]:
-    """The rate over world actors, and the bytes of one message of each kind."""
+def compare(
+    config: Config, render: Render, rounds: int
+) -> tuple[list[Rate], list[Rate], dict[str, float]]:
+    """Rates by round over world actors and over the same pools in threads of this process, which is
+    what the simulations alone allow; and the bytes of one message of each kind."""
     from rl_ft.actors import start_worlds
 
-    teams = start_worlds(config, Path())
-    try:
-        rate = collect(teams, render, config, rounds)
-        return rate, asyncio.run(message_bytes(teams[0], render, config))
-    finally:
-        for team in teams:
-            team.close()
+    num = config.ray.num_world_actors
+    cities = expand(config.scenarios.train)
+    with ExitStack() as stack:
+        remote = start_worlds(config, Path())
+        pools = [
+            WorldPool(config, cities, seed=1_000 + i, num_worlds=part)
+            for i, part in enumerate(shares(config.rollout.num_worlds, num))
+        ]
+        for opened in (*remote, *pools):
+            stack.callback(opened.close)
+        threads = stack.enter_context(ThreadPoolExecutor(num))
+        ray = Way(remote, render, config)
+        plain = Way([Local(pool, threads) for pool in pools], render, config)
+
+        async def every() -> dict[str, float]:
+            await in_turns((ray, plain), rounds)
+            return await message_bytes(remote[0], render, config)
+
+        return ray.rates, plain.rates, asyncio.run(every())
 
 
 async def message_bytes(team: Worlds, render: Render, config: Config) -> dict[str, float]:
@@ -202,22 +232,6 @@ async def message_bytes(team: Worlds, render: Render, config: Config) -> dict[st
     )
     note("group", found.groups, len(found.groups))
     return {kind: sum(values) / len(values) for kind, values in seen.items()}
-
-
-def without_ray(config: Config, render: Render, rounds: int) -> Rate:
-    """The same pools in threads of this process: what the simulations alone allow."""
-    num = config.ray.num_world_actors
-    parts = shares(config.rollout.num_worlds, num)
-    pools = [
-        WorldPool(config, expand(config.scenarios.train), seed=1_000 + i, num_worlds=part)
-        for i, part in enumerate(parts)
-    ]
-    try:
-        with ThreadPoolExecutor(num) as threads:
-            return collect([Local(pool, threads) for pool in pools], render, config, rounds)
-    finally:
-        for pool in pools:
-            pool.close()
 
 
 def settings(num_actors: int, num_worlds: int, groups: int) -> Config:
@@ -274,7 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worlds", type=int, default=24, help="simulations, shared by the actors")
     parser.add_argument("--groups", type=int, default=48, help="per round")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--ways", default=" ".join(f"{n}x{a}" for n, a in NODES_ACTORS))
     arguments = parser.parse_args()
     from rl_ft.render import Renderer
@@ -292,22 +306,22 @@ def main() -> None:
         render = Renderer(str(folder), max_prompt_length=512)
         for num_nodes, num_actors in (map(int, way.split("x")) for way in arguments.ways.split()):
             config = settings(num_actors, arguments.worlds, arguments.groups)
-            plain = without_ray(config, render, arguments.rounds)
             with nodes(num_nodes, num_cpus=16):
-                rate, sizes = with_ray(config, render, arguments.rounds)
-            costs.append(rate.driver_s / rate.groups)
-            lost = max(0.0, 1 - rate.per_s / plain.per_s)
+                rates, plain, sizes = compare(config, render, arguments.rounds)
+            costs += [rate.driver_s / rate.groups for rate in rates]
+            lost = [1 - mine.per_s / bound.per_s for mine, bound in zip(rates, plain, strict=True)]
             table.add_row(
                 str(num_nodes),
                 str(num_actors),
-                f"{rate.per_s:.1f}",
-                f"{plain.per_s:.1f}",
-                f"{lost:.0%}",
+                f"{statistics.median(rate.per_s for rate in rates):.1f}",
+                f"{statistics.median(rate.per_s for rate in plain):.1f}",
+                f"{statistics.median(lost):.0%}",
             )
+    table.caption = "medians; shares within a round"
     console.print(table)
     for kind, size in sizes.items():
         console.print(f"{kind}: {size / 1e3:.1f} kB per instant")
-    large_run(sizes, sum(costs) / len(costs), console)
+    large_run(sizes, statistics.median(costs), console)
 
 
 if __name__ == "__main__":

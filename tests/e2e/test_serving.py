@@ -26,8 +26,10 @@ from envs.scenario import load_scenario
 from envs.types import Action, Decision
 from envs.world import World
 from rl_ft.actors import RemoteAsk
+from rl_ft.config import Config
 from rl_ft.crew import Samplers
 from rl_ft.render import Renderer
+from rl_ft.vote import voting
 
 pytestmark = pytest.mark.e2e
 
@@ -96,9 +98,9 @@ def test_a_service_decides_as_the_model_does_in_the_closed_loop(
     config, model = loop_config(), str(prepared / "sft" / START)
     samplers = Samplers([lambda _: generator], max_failures=0, call_timeout_s=LIMIT_S)
     asyncio.run(samplers.load_folder(model))
-    ask = RemoteAsk(
-        samplers, Renderer(model, max_prompt_length=config.model.max_prompt_length), config
-    )
+    render = Renderer(model, max_prompt_length=config.model.max_prompt_length)
+    num = Config().evaluate.num_tellings
+    ask = voting(RemoteAsk(samplers, render, config), num_tellings=num)
     asked = [offered(d, config.decision_format) for d in instants if len(d.legal) > 1]
     answers = [parse(d, completion.text) for d, completion in zip(asked, ask(asked), strict=True)]
     with ThreadPoolExecutor(8) as pool:
