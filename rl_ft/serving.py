@@ -128,19 +128,26 @@ class Policy:
 
 
 def app(arguments: dict[str, str]) -> serve.Application:
-    """What `serve run` and a RayService build; `model` names the folder.
+    """What `serve run` and a RayService build, before there is a cluster: `model` is the folder,
+    `replicas` how many engines, `gpus` what each of them holds; by default one on the CPU.
 
     Raises:
-        UserError: no token is set; where it listens is not known here.
+        UserError: an argument is wrong, or no token is set: where it listens is not known here.
     """
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:
         raise UserError(f"expected a secret in {TOKEN_VARIABLE}, got none: anybody could ask")
-    if unknown := set(arguments) - {"model", "replicas"}:
-        raise UserError(f"expected the arguments model and replicas, got {', '.join(unknown)}")
+    if unknown := set(arguments) - {"model", "replicas", "gpus"}:
+        raise UserError(
+            f"expected the arguments model, replicas and gpus, got {', '.join(sorted(unknown))}"
+        )
     model = Path(arguments.get("model", ""))
     require_model(model, "model")
-    return _application(model, token, Config(), replicas=int(arguments.get("replicas", 1)))
+    try:
+        replicas, gpus = int(arguments.get("replicas", 1)), float(arguments.get("gpus", 0))
+    except ValueError as error:
+        raise UserError(f"replicas and gpus: expected numbers: {error}") from error
+    return _application(model, token, Config(), replicas=replicas, num_gpus=gpus)
 
 
 def serve_model(
@@ -167,7 +174,9 @@ def serve_model(
     with ray_session(config):
         serve.start(http_options={"host": host, "port": port})
         try:
-            serve.run(_application(model, token, config, replicas=replicas), name=NAME)
+            num_gpus = gpu_share(replicas)
+            application = _application(model, token, config, replicas=replicas, num_gpus=num_gpus)
+            serve.run(application, name=NAME)
             on_ready(f"http://{host}:{port}")
             # A replica that dies is replaced; that is no end.
             while (now := serve.status().applications[NAME]).status != "DEPLOY_FAILED":
@@ -178,9 +187,9 @@ def serve_model(
 
 
 def _application(
-    model: Path, token: str | None, config: Config, *, replicas: int
+    model: Path, token: str | None, config: Config, *, replicas: int, num_gpus: float
 ) -> serve.Application:
-    options = {"num_cpus": config.ray.cpus_per_generator, "num_gpus": gpu_share(replicas)}
+    options = {"num_cpus": config.ray.cpus_per_generator, "num_gpus": num_gpus}
     policy = Policy.options(
         num_replicas=replicas, ray_actor_options=options, max_ongoing_requests=4 * MAX_BATCH
     )

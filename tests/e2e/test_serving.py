@@ -22,6 +22,7 @@ from loop_case import START, loop_config, wait_for
 from pydantic import TypeAdapter
 
 from envs.answers import Parsed, offered, parse
+from envs.errors import UserError
 from envs.scenario import load_scenario
 from envs.types import Action, Decision
 from envs.world import World
@@ -29,6 +30,7 @@ from rl_ft.actors import RemoteAsk
 from rl_ft.config import Config
 from rl_ft.crew import Samplers
 from rl_ft.render import Renderer
+from rl_ft.serving import app
 from rl_ft.vote import voting
 
 pytestmark = pytest.mark.e2e
@@ -199,10 +201,35 @@ def test_a_model_that_is_none_is_named(tmp_path):
     assert "there is no such folder" in done.stderr
 
 
-def test_a_cluster_serves_nothing_without_a_token(monkeypatch):
-    from envs.errors import UserError
-    from rl_ft.serving import app
+def test_an_application_is_built_before_there_is_a_cluster(prepared):
+    """`serve run` builds first and starts Ray then."""
+    code = "import sys; from rl_ft.serving import app; app({'model': sys.argv[1]})"
+    built = subprocess.run(
+        [sys.executable, "-c", code, str(prepared / "sft" / START)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"RLFT_TOKEN": TOKEN},
+    )
+    assert built.returncode == 0, built.stderr
 
+
+def test_a_cluster_serves_nothing_without_a_token(monkeypatch):
     monkeypatch.delenv("RLFT_TOKEN", raising=False)
     with pytest.raises(UserError, match="RLFT_TOKEN"):
         app({"model": "anything"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"modell": "mine"}, "got modell"),
+        ({"model": "none"}, "there is no such folder"),
+        ({"replicas": "two"}, "expected numbers"),
+    ],
+)
+def test_an_argument_of_an_application_that_is_wrong_is_named(
+    arguments, said, prepared, monkeypatch
+):
+    monkeypatch.setenv("RLFT_TOKEN", TOKEN)
+    with pytest.raises(UserError, match=said):
+        app({"model": str(prepared / "sft" / START)} | arguments)
