@@ -13,7 +13,7 @@ import math
 import os
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from envs.errors import UserError
@@ -65,6 +65,16 @@ def load_scenario(name: str, *, cache_dir: Path | None = None) -> Scenario:
     scenario = _user_scenario(name)
     validate_scenario(scenario)
     return scenario
+
+
+def require_scenarios(names: Iterable[str]) -> None:
+    """Raise a `UserError` for the first name that is none; builds no generated scenario."""
+    for name in dict.fromkeys(names):
+        kind, separator, rest = name.partition(":")
+        if separator and kind == "generated":
+            _seed(name, rest)
+        else:
+            load_scenario(name)
 
 
 def validate_scenario(scenario: Scenario) -> None:

@@ -22,7 +22,7 @@ class Choice:
     hold_s: int
     """For how long it is settled; 0: until the next decision instant."""
     decided_by: DecidedBy
-    """`max_pressure`: the answer was invalid; `only_one`: nothing else was legal."""
+    """`max_pressure`: the answer was invalid or did not come; `only_one`: no other is legal."""
     answer: str
     """What the model said, or its answers to several tellings elected."""
 
@@ -41,8 +41,10 @@ def problem(decision: Decision) -> str | None:
     for i, phase in enumerate(junction.phases):
         lengths[f"junction.phases.{i}.turns"] = (len(phase.turns), len(phase.lanes))
         lengths[f"junction.phases.{i}.protected"] = (len(phase.protected), len(phase.lanes))
-        if not set(phase.lanes) <= set(range(num_lanes)):
-            return f"junction.phases.{i}.lanes: expected indices below {num_lanes}"
+        if not phase.lanes or not set(phase.lanes) <= set(range(num_lanes)):
+            return f"junction.phases.{i}.lanes: expected indices below {num_lanes}, at least one"
+    if len({phase.name for phase in junction.phases}) < num_phases:
+        return "junction.phases: expected names that differ"
     for name, (got, expected) in lengths.items():
         if got != expected:
             return f"{name}: expected {expected} entries, got {got}"

@@ -67,7 +67,9 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     from rl_ft.ending import InterruptedRun, named_cause
+    from rl_ft.interrupt import keep_interrupts
 
+    keep_interrupts()
     try:
         app()
     except KeyboardInterrupt:
@@ -139,17 +141,29 @@ def grpo(
 @app.command()
 def evaluate(
     controller: Annotated[
-        list[str] | None, typer.Option(help="Classical controller; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="fixed, actuated, max_pressure, max_wave, random or lookahead; may be repeated."
+        ),
     ] = None,
     model: Annotated[list[Path] | None, typer.Option(help="Model folder; may be repeated.")] = None,
     scenario: Annotated[
-        list[str] | None, typer.Option(help="Scenario; may be repeated. See rl-ft scenarios.")
+        list[str] | None,
+        typer.Option(
+            help="May be repeated, see rl-ft scenarios; default: the recipe's scenarios.held_out."
+        ),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Simulation seeds 1..N, the same for every policy.")
+        int | None,
+        typer.Option(
+            min=1, help="Simulation seeds 1..N, the same for every policy; default: evaluate.seeds."
+        ),
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Policy that differences are taken to.")
+        str | None,
+        typer.Option(
+            help="Policy that differences are taken to; default: max_pressure, else the first."
+        ),
     ] = None,
     recipe: Recipe = None,
     overrides: Set = None,
@@ -297,12 +311,16 @@ def _run_folder(
     command: str,
 ) -> Iterator[RunFolder]:
     """The run folder, locked, with its log; however the work ends is noted there."""
+    from envs.scenario import expand, require_scenarios
     from rl_ft.ending import noted_ending
     from rl_ft.recipe import DEFAULT_RECIPE
     from rl_ft.run_folder import RunFolder
 
     place = out or Path("runs") / Path(recipe or DEFAULT_RECIPE).stem
     config = _config(recipe, overrides, seed, base=place if resume else None)
+    # Now, not after half an hour of training.
+    asked = (config.scenarios.train, config.scenarios.held_out, config.check.scenarios)
+    require_scenarios(name for names in asked for name in expand(names))
     folder = RunFolder.create(place, config, resume=resume)
     with noted_ending(folder, again=f"rl-ft {command} --out {place} --resume"):
         yield folder

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from envs.answers import Parsed, act, offered, parse
@@ -18,6 +19,7 @@ from envs.scenario import load_scenario
 from envs.types import Action, Decision, Scenario, TripStats
 from envs.world import World
 from rl_ft.config import Config
+from rl_ft.interrupt import handed_out
 from rl_ft.types import Completion
 
 Ask = Callable[[list[Decision]], list[Completion]]
@@ -65,12 +67,16 @@ def play_controller(
 ) -> Iterator[Episode]:
     """Episodes of a classical controller, in the jobs' order."""
 
+    stopped = threading.Event()
+
     def play(job: Job) -> Episode:
         scenario = job.load()
         with World(timeout_s=WORLD_TIMEOUT_S) as world:
             world.reset(scenario, job.seed, program=name if name in PROGRAMS else None)
             time_s = scenario.begin_s
             while time_s < scenario.end_s:
+                if stopped.is_set():
+                    raise CancelledError
                 until_s = min(time_s + SLICE_S, scenario.end_s)
                 world.drive(name, until_s, horizon_s=config.evaluate.lookahead_horizon_s)
                 on_played((until_s - time_s) / (scenario.end_s - scenario.begin_s))
@@ -78,7 +84,12 @@ def play_controller(
             return Episode(policy=name, job=job, trips=world.trips())
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        yield from pool.map(play, jobs)
+        try:
+            yield from handed_out(pool, play, jobs)
+        except BaseException:
+            # Ctrl-C would wait for whole episodes.
+            stopped.set()
+            raise
 
 
 class _Seat:
@@ -158,9 +169,9 @@ def play_model(
                 while waiting and len(seats) < num_worlds:
                     fresh.append(_Seat(policy, waiting.pop(), config))
                     seats.append(fresh[-1])
-                list(pool.map(_Seat.start, fresh))
+                list(handed_out(pool, _Seat.start, fresh))
                 answers = _answers(seats, ask)
-                on_played(sum(pool.map(_Seat.advance, seats, answers)))
+                on_played(sum(handed_out(pool, _Seat.advance, seats, answers)))
                 yield from (seat.episode for seat in seats if seat.episode)
                 seats = [seat for seat in seats if not seat.episode]
         finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import threading
 import uuid
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from envs.errors import UserError
 from rl_ft.config import Config
+from rl_ft.interrupt import late_interrupt
 from rl_ft.progress import Progress
 
 if TYPE_CHECKING:
@@ -47,26 +47,6 @@ def gpu_share(num_holders: int) -> float:
     if gpus == 0:
         return 0.0
     return 1.0 / math.ceil(num_holders / gpus)
-
-
-@contextmanager
-def late_interrupt() -> Iterator[None]:
-    """Ctrl-C counts once what is inside is done, for what forks as Ray's start does.
-
-    Python handles a signal that comes during a fork in a hook of the fork, where it loses the
-    interrupt and, with it, the lock of logging: the process would go on, and stop at its next line.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from rl_ft.vote import voting
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+LOG_WIDTH = 140
 
 
 def evaluate_run(config: Config, folder: RunFolder) -> None:
@@ -87,7 +89,7 @@ def evaluate_cli(
         models=named,
         splits=dict.fromkeys(expand(scenarios), "held_out"),
         seeds=seeds,
-        baseline=baseline or policies[0],
+        baseline=baseline or ("max_pressure" if "max_pressure" in policies else policies[0]),
         versus={},
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -250,6 +252,7 @@ def _summary(rows: Sequence[Row], splits: dict[str, str], policies: Sequence[str
                 "p95_delay_s": delay.p95,
                 "gridlock_rate": gridlock_rate(row["gridlock"] for row in chosen),
                 "throughput_veh": sum(row["throughput_veh"] for row in chosen) / len(chosen),
+                "decisions": sum(row["decisions"] for row in chosen),
                 "invalid_answers": sum(row["invalid_answers"] for row in chosen),
                 "fallbacks": sum(row["fallbacks"] for row in chosen),
                 "n": delay.n,
@@ -266,8 +269,8 @@ def print_table(results: dict[str, Any]) -> None:
         (c["policy"], c["scenario"]): c for c in results["comparisons"] if c["versus"] == baseline
     }
     table = Table(title=f"Delay per vehicle in s; differences to {baseline}, 95 % interval")
-    table.add_column("scenario")
-    table.add_column("policy")
+    table.add_column("scenario", overflow="fold")
+    table.add_column("policy", overflow="fold")
     for heading in ("median", "mean", f"vs {baseline}", "gridlock", "arrived", "invalid"):
         table.add_column(heading, justify="right")
     for row in results["summary"]:
@@ -280,10 +283,17 @@ def print_table(results: dict[str, Any]) -> None:
             _interval_text(found) if found else "",
             f"{row['gridlock_rate']:.0%}",
             f"{row['throughput_veh']:.0f}",
-            str(row["invalid_answers"]),
+            _share_text(row["invalid_answers"], row["decisions"]),
             end_section=row["policy"] == results["policies"][-1],
         )
-    Console().print(table)
+    if any(row["fallbacks"] for row in results["summary"]):
+        table.caption = "where an answer was invalid, a controller decided instead"
+    # Nobody makes a file or a log wider.
+    Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(table)
+
+
+def _share_text(count: int, total: int) -> str:
+    return f"{count / total:.0%}" if total else ""
 
 
 def _interval_text(found: Row) -> str:

@@ -80,6 +80,7 @@ def _model(results: Row, policy: str, held_out: Sequence[str]) -> Row:
         "delay_s": mean_delay_s(results, policy, held_out),
         "gridlocks": gridlocks(results, policy, held_out),
         "gap_closed": gap_closed(results, policy, held_out),
+        "invalid_share": invalid_share(rows_of(results, policy, held_out)),
     }
 
 

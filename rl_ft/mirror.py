@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 import fsspec
 
@@ -26,6 +26,8 @@ LEFT_OUT = {".lock", ".incomplete", "ray"}
 """Files and folders that only mean something where they are, or that are being written."""
 IN_MEMORY_BYTES = 64 * 2**20
 """Up to this size a file is sent as it was read at one instant: it may be growing."""
+PATIENCE_S = 900.0
+"""For a copy at the end of a stage, with a storage that may be far or gone."""
 
 
 class Mirror:
@@ -56,13 +58,8 @@ class Mirror:
         for place in ("blobs", "manifests"):
             self._fs.makedirs(f"{self._root}/{place}", exist_ok=True)
         there = {Path(name).name: size for name, size in self._sizes("blobs")}
-        files = {}
-        for file in _files(folder):
-            try:
-                files[str(file.relative_to(folder))] = self._send(file, there)
-            except FileNotFoundError:
-                # Of a checkpoint that is being forgotten: its seal will tell.
-                continue
+        sent = ((str(file.relative_to(folder)), self._send(file, there)) for file in _files(folder))
+        files = {name: digest for name, digest in sent if digest is not None}
         numbers = self._numbers()
         number = max(numbers, default=0) + 1
         self._fs.pipe_file(self._manifest(number), json.dumps(files).encode())
@@ -82,6 +79,7 @@ class Mirror:
                 files = json.loads(self._fs.cat_file(self._manifest(number)))
                 with appearing(folder) as partial:
                     for name, digest in files.items():
+                        _require_within(name, digest)
                         self._receive(digest, partial / name)
                 return
             except (OSError, ValueError) as error:
@@ -89,21 +87,27 @@ class Mirror:
                 log.warning("%s: copy %d is not whole: %s", self._url, number, error)
         raise UserError(f"there is no copy of a run in {self._url} ({'; '.join(causes) or 'none'})")
 
-    def _send(self, file: Path, there: dict[str, int]) -> str:
-        stat = file.stat()
-        if stat.st_size <= IN_MEMORY_BYTES:
-            content = file.read_bytes()
-            digest = hashlib.blake2b(content, digest_size=20).hexdigest()
-            if there.get(digest) != len(content):
+    def _send(self, file: Path, there: dict[str, int]) -> str | None:
+        """Its hash; None if it has vanished, of a checkpoint that is being forgotten: its seal will
+        tell. What the storage misses is an error."""
+        content = None
+        try:
+            stat = file.stat()
+            size, key = stat.st_size, (file, stat.st_size, stat.st_mtime_ns)
+            if size <= IN_MEMORY_BYTES:
+                content = file.read_bytes()
+                size, digest = len(content), hashlib.blake2b(content, digest_size=20).hexdigest()
+            else:
+                digest = self._known.get(key) or _digest(file)
+                self._known[key] = digest
+        except FileNotFoundError:
+            return None
+        if there.get(digest) != size:
+            if content is None:
+                self._fs.put_file(str(file), self._blob(digest))
+            else:
                 self._fs.pipe_file(self._blob(digest), content)
-                there[digest] = len(content)
-            return digest
-        key = (file, stat.st_size, stat.st_mtime_ns)
-        digest = self._known.get(key) or _digest(file)
-        self._known[key] = digest
-        if there.get(digest) != stat.st_size:
-            self._fs.put_file(str(file), self._blob(digest))
-            there[digest] = stat.st_size
+            there[digest] = size
         return digest
 
     def _receive(self, digest: str, file: Path) -> None:
@@ -145,29 +149,48 @@ class Mirror:
 
 
 class Copier:
-    """Copies a run folder beside the run: one copy at a time, and none ends the run."""
+    """Copies a run folder beside the run: one copy at a time, and none ends or holds the run."""
 
     def __init__(self, url: str | None, folder: Path) -> None:
         self._mirror = None if url is None else Mirror(url)
         self._folder = folder
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mirror")
-        self._latest: Future[Any] | None = None
+        self._latest: threading.Thread | None = None
 
     def begin(self) -> None:
         """Copy, unless the last copy is still under way."""
-        if self._mirror is not None and (self._latest is None or self._latest.done()):
-            self._latest = self._thread.submit(self._copy)
+        if self._mirror is None or (self._latest is not None and self._latest.is_alive()):
+            return
+        self._latest = threading.Thread(
+            target=self._copy, args=(self._mirror,), name="mirror", daemon=True
+        )
+        self._latest.start()
+
+    def wait(self) -> None:
+        """Until the copy that is under way is there, `PATIENCE_S` at most."""
+        if self._latest is None:
+            return
+        self._latest.join(PATIENCE_S)
+        if self._latest.is_alive():
+            log.warning("%s is still being copied: the run goes on", self._folder)
 
     def finish(self) -> None:
         """Copy what is there now, and wait for it."""
-        if self._mirror is not None:
-            self._thread.submit(self._copy).result()
+        self.wait()
+        self.begin()
+        self.wait()
 
-    def _copy(self) -> None:
+    def _copy(self, mirror: Mirror) -> None:
         try:
-            self._mirror.push(self._folder)
+            mirror.push(self._folder)
         except Exception as error:  # whatever a storage raises: the run itself is whole
             log.warning("%s was not copied: %s: %s", self._folder, type(error).__name__, error)
+
+
+def _require_within(name: str, digest: str) -> None:
+    """Whoever may write the copy must not write elsewhere on the machine that pulls it."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not re.fullmatch("[0-9a-f]{40}", digest):
+        raise ValueError(f"{name!r} ({digest!r}) is no file of a run folder")
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -14,6 +14,7 @@ from envs.errors import UserError
 from envs.scenario import load_scenario
 from envs.world import World
 from rl_ft.dataset import read_everything, read_manifest, require_unchanged
+from rl_ft.interrupt import handed_out
 from rl_ft.progress import track
 from rl_ft.rows import Manifest
 from rl_ft.states import DecisionState
@@ -43,7 +44,7 @@ def check_dataset(directory: Path, *, num_rows: int, seed: int) -> list[Replayed
     names = dict.fromkeys(states[i].decision.scenario for i in chosen)
     require_unchanged(names, states, manifest, directory)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        replayed = pool.map(lambda i: replay(states[i], manifest), chosen)
+        replayed = handed_out(pool, lambda i: replay(states[i], manifest), chosen)
         return list(track(replayed, "data check", total=len(chosen), unit="rows"))
 
 

@@ -138,6 +138,8 @@ class GrpoLoop:
         """
         with self._progress:
             await self._train()
+        # The stage makes the next copy, of the same folder.
+        self._copier.wait()
 
     def forget(self) -> None:
         """The weights that were kept on the way are needed no more."""

@@ -11,8 +11,11 @@ cluster. Importing this module imports Ray Serve.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
+import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,14 +40,25 @@ from rl_ft.render import PromptTooLongError, Renderer
 from rl_ft.types import Completion
 from rl_ft.vote import doubts, elected
 
+log = logging.getLogger(__name__)
+
 TOKEN_VARIABLE = "RLFT_TOKEN"
 """What whoever asks must know, as `Authorization: Bearer ...`."""
 NAME = "rl-ft"
 MAX_BATCH, BATCH_WAIT_S = 64, 0.005
 WATCH_S = 5.0
+ANSWER_S = 30.0
+"""A junction waits no longer: max-pressure decides then, and the replica is replaced."""
+UNHEALTHY_S = 600.0
+"""A service that has had no engine for so long will not get one; to start one takes a minute."""
 
 api = FastAPI(title="rl-ft", description="What a signalled junction should show next.")
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+
+
+def _hash(token: str) -> str:
+    """Above the class: Ray Serve takes from this module what is there when it sees the class."""
+    return hashlib.sha256(token.encode()).hexdigest()
 
 
 @serve.deployment(name="policy")
@@ -52,8 +66,11 @@ Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(
 class Policy:
     """One replica: a vLLM engine with one model."""
 
-    def __init__(self, model: str, token: str | None, config: Config) -> None:
-        self._model, self._token = model, token
+    def __init__(self, model: str, token_hash: str | None, config: Config) -> None:
+        self._model = model
+        # Ray keeps what a replica was made with: not the secret.
+        self._token_hash = token_hash
+        self._failed = ""
         self._config = config = asked_as_taught(Path(model), config)
         self._renderer = Renderer(model, max_prompt_length=config.model.max_prompt_length)
         # The engine lives in a thread of its own: while it samples, others are listened to.
@@ -81,9 +98,13 @@ class Policy:
         if len(decision.legal) == 1:
             return chosen(decision, Action(phase=decision.legal[0]), "only_one", "")
         try:
-            answer = (await self._elected(decision)).text
+            answer = (await asyncio.wait_for(self._elected(decision), ANSWER_S)).text
         except PromptTooLongError as error:
             raise HTTPException(422, str(error)) from error
+        except Exception as error:  # of whatever engine: a junction needs a phase all the same
+            self._failed = f"{type(error).__name__}: {error}"
+            log.warning("max-pressure decides, the engine does not: %s", self._failed)
+            answer = ""
         parsed = parse(decision, answer)
         if isinstance(parsed, Parsed):
             return chosen(decision, parsed.action, "model", answer)
@@ -114,11 +135,16 @@ class Policy:
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, ask)
 
+    def check_health(self) -> None:
+        """Ray Serve replaces a replica that raises here."""
+        if self._failed:
+            raise RuntimeError(f"the engine failed: {self._failed}")
+
     def _check_token(self, credentials: HTTPAuthorizationCredentials | None) -> None:
-        if self._token is None:
+        if self._token_hash is None:
             return
         given = credentials.credentials if credentials else ""
-        if not hmac.compare_digest(given.encode(), self._token.encode()):
+        if not hmac.compare_digest(_hash(given), self._token_hash):
             got = "a wrong one" if given else "none"
             raise HTTPException(
                 401,
@@ -171,6 +197,7 @@ def serve_model(
         raise UserError(
             f"--host {host} lets others ask: expected a secret in {TOKEN_VARIABLE}, got none"
         )
+    _require_free(host, port)
     with ray_session(config):
         serve.start(http_options={"host": host, "port": port})
         try:
@@ -179,9 +206,13 @@ def serve_model(
             serve.run(application, name=NAME)
             on_ready(f"http://{host}:{port}")
             # A replica that dies is replaced; that is no end.
-            while (now := serve.status().applications[NAME]).status != "DEPLOY_FAILED":
+            ran_s = time.monotonic()
+            while time.monotonic() < ran_s + UNHEALTHY_S:
+                now = serve.status().applications[NAME]
+                if now.status == "RUNNING":
+                    ran_s = time.monotonic()
                 time.sleep(WATCH_S)
-            raise RuntimeError(f"the service has failed: {now.message}")
+            raise RuntimeError(f"the service has failed: {now.status}: {now.message}")
         finally:
             serve.shutdown()
 
@@ -193,7 +224,18 @@ def _application(
     policy = Policy.options(
         num_replicas=replicas, ray_actor_options=options, max_ongoing_requests=4 * MAX_BATCH
     )
-    return policy.bind(str(model.absolute()), token, config)
+    return policy.bind(str(model.absolute()), None if token is None else _hash(token), config)
+
+
+def _require_free(host: str, port: int) -> None:
+    """Ray Serve shares a port with whoever shares it too: now one would answer, now the other."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port}: expected a free port, got {error.strerror}"
+        ) from error
 
 
 def _is_loopback(host: str) -> bool:

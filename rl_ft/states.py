@@ -21,6 +21,7 @@ from envs.scenario import expand, load_scenario
 from envs.types import Action, Decision, Outcome
 from envs.world import World
 from rl_ft.config import Config
+from rl_ft.interrupt import handed_out
 from rl_ft.progress import track
 from rl_ft.worlds import draw_driver, worth_asking
 
@@ -88,7 +89,7 @@ def collect_states(config: Config) -> list[DecisionState]:
     jobs = [(scenarios[i % len(scenarios)], config.seed * 100_003 + i) for i in range(num_episodes)]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         try:
-            episodes = pool.map(lambda job: _episode_states(config, *job), jobs)
+            episodes = handed_out(pool, lambda job: _episode_states(config, *job), jobs)
             shown = track(episodes, "decision states", total=len(jobs), unit="episodes")
             states = [state for part in shown for state in part]
         except BaseException:

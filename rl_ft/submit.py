@@ -72,7 +72,7 @@ class Job:
         if self.python or self.pip:
             return f"exec {shlex.quote(self.python or 'python')} {arguments}"
         own = shlex.quote(sys.executable)
-        return f"python={own}; [ -x $python ] || python=python; exec $python {arguments}"
+        return f'python={own}; [ -x "$python" ] || python=python; exec "$python" {arguments}'
 
     def runtime_env(self, archive: Path) -> dict[str, Any]:
         """Ray's runtime environment with the packed source; none of it is secret."""

@@ -233,6 +233,11 @@ def _config(recipe: str, common: Sequence[str], point: Point, space_file: Path) 
             "--set prepare.teachers=[max_pressure], or try both: "
             "prepare.teachers: {choice: [[max_pressure], [lookahead]]}"
         )
+    if config.monitor.mirror is not None:
+        raise UserError(
+            f"monitor.mirror is {config.monitor.mirror}: a copy is of one run, a sweep has many; "
+            "leave it out, and copy the sweep's folder"
+        )
     return config
 
 

@@ -66,6 +66,8 @@ def test_bad_input_is_one_sentence_and_status_2():
     [
         (["run", "--recipe", "tiny-gpu"], "did you mean tiny-cpu"),
         (["run", "--set", "grpo.max_steps=many"], "should be a whole number"),
+        (["run", "--set", "scenarios.held_out=[resco:colone1]"], "RESCO has the maps"),
+        (["run", "--set", "check.scenarios=[generated:x]"], "named by one seed"),
         (["run", "--out", "file"], "is a file"),
         (["run", "--out", "other"], "holds no run (found notes)"),
         (["run", "--out", "nowhere", "--resume"], "expected a run in nowhere"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
@@ -123,6 +124,45 @@ def test_a_file_that_vanishes_meanwhile_is_left_out(url, run, tmp_path, monkeypa
     Mirror(url).push(run)
     Mirror(url).pull(tmp_path / "again")
     assert len(content(tmp_path / "again")) == len(FILES) - 1
+
+
+@pytest.mark.parametrize("name", ["../escaped", "a/../../escaped", "/tmp/escaped"])
+def test_a_copy_that_wants_to_be_elsewhere_is_not_pulled(url, run, tmp_path, name):
+    copies = Mirror(url)
+    copies.push(run)
+    files = json.loads(copies._fs.cat_file(copies._manifest(1)))
+    files[name] = next(iter(files.values()))
+    copies._fs.pipe_file(copies._manifest(1), json.dumps(files).encode())
+    with pytest.raises(UserError, match="is no file of a run folder"):
+        Mirror(url).pull(tmp_path / "place" / "again")
+    assert not (tmp_path / "place" / "again").exists()
+    assert not list(tmp_path.rglob("escaped"))
+
+
+def test_a_copy_that_the_storage_did_not_take_is_none(url, run, monkeypatch):
+    copies = Mirror(url)
+    pipe_file = type(copies._fs).pipe_file
+
+    def without_blobs(self, path, value, **rest):
+        if "/blobs/" in path:
+            raise FileNotFoundError(path)
+        pipe_file(self, path, value, **rest)
+
+    monkeypatch.setattr(type(copies._fs), "pipe_file", without_blobs)
+    with pytest.raises(FileNotFoundError):
+        copies.push(run)
+    assert stored(copies, "manifests") == set()
+
+
+def test_a_storage_that_hangs_holds_no_run(url, run, monkeypatch, caplog):
+    released = threading.Event()
+    monkeypatch.setattr(mirror, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(Mirror, "push", lambda self, folder: released.wait(60))
+    copier = Copier(url, run)
+    copier.begin()
+    copier.finish()
+    released.set()
+    assert "is still being copied: the run goes on" in caplog.text
 
 
 def test_nothing_is_pulled_over_a_run(url, run):

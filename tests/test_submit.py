@@ -583,7 +583,6 @@ LONG = (
 def test_ctrl_c_stops_the_job_if_that_was_asked_for(head, tmp_path):
     process = head.rl_ft("--stop-on-interrupt", "--", *LONG, cwd=tmp_path)
     wait_for(tmp_path / "runs" / "long" / "model" / "model.safetensors")
-    wait_for(tmp_path / "runs" / "long" / "run.log", "decision states: ")
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130, stderr

@@ -85,6 +85,7 @@ def test_a_recipe_without_checks_gets_some(tmp_path):
         ("grpo.max_steps: {uniform: [3, 4]}", "grpo.max_steps should be a whole number, got 3"),
         ("grpo.beta: {grid: [0, 0.1]}", r"space.yaml: with .*0.1.* does not fit together: .*beta"),
         ("prepare.teachers: {grid: [[max_pressure, lookahead]]}", "a trial reinforces one start"),
+        ("monitor.mirror: {grid: [file:///far]}", "a copy is of one run, a sweep has many"),
         ("model.name_or_path: {grid: [nowhere]}", "model.name_or_path is 'nowhere': expected"),
     ],
 )

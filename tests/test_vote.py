@@ -71,6 +71,26 @@ def test_only_the_questions_of_unsure_answers_are_asked_again(decision):
     assert [len(batch) for batch in asked.batches] == [3, NUM - 1]
 
 
+def test_each_of_several_unsure_questions_gets_its_own_answers(decision):
+    """Of one all tellings mean the first action, of the other the last."""
+    other = asked_of(decision.format, lane(1), lane(4), lane(2))
+    meant = {decision.observation.lanes: 0, other.observation.lanes: -1}
+
+    def choose(told: Decision, is_first: bool) -> tuple[Action, float]:
+        place = meant[told.observation.lanes]
+        asked = decision if place == 0 else other
+        action = options(asked)[place if not is_first else 1]
+        order = [
+            [phase.state for phase in asked.junction.phases].index(phase.state)
+            for phase in told.junction.phases
+        ]
+        return as_told(action, order), 0.5
+
+    answers = voting(Asked(choose), num_tellings=NUM)([decision, other])
+    assert parse(decision, answers[0].text).action == options(decision)[0]
+    assert parse(other, answers[1].text).action == options(other)[-1]
+
+
 def test_once_is_once(decision):
     asked = Asked(lambda d, _: (options(d)[0], 0.1))
     voting(asked, num_tellings=1)([decision])

@@ -53,7 +53,7 @@ class Rate:
     groups: int
     wall_s: float
     driver_s: float
-    """Of one thread: render, parse, score, and what Ray does for it in this process."""
+    """Of the driver's thread: render, parse, score. Ray's own threads in this process come on top."""
 
     @property
     def per_s(self) -> float:
@@ -263,7 +263,7 @@ def large_run(sizes: dict[str, float], driver_s: float, console: Console) -> Non
         ("driver -> buffer -> learner: groups", 2 * asked * sizes["group"], 2),
         ("learner -> object store: weights", weights, 1),
         ("object store -> nodes of 8 samplers: weights", weights * LARGE_SAMPLERS / 8, 8),
-        ("the same as an adapter of rank 16", weights * LARGE_SAMPLERS / 8 / 100, 8),
+        ("the same as an adapter with 1 % of them", weights * LARGE_SAMPLERS / 8 / 100, 8),
     ]
     table = Table(title=f"on paper: {LARGE_WORLDS} worlds in 63 actors, {LARGE_SAMPLERS} samplers")
     for column in ("per step", "MB", "messages", f"MB/s at {LARGE_STEP_S:g} s a step"):

@@ -22,6 +22,7 @@ from loop_case import START, loop_config, wait_for
 from pydantic import TypeAdapter
 
 from envs.answers import Parsed, offered, parse
+from envs.controllers import max_pressure
 from envs.errors import UserError
 from envs.scenario import load_scenario
 from envs.types import Action, Decision
@@ -30,7 +31,7 @@ from rl_ft.actors import RemoteAsk
 from rl_ft.config import Config
 from rl_ft.crew import Samplers
 from rl_ft.render import Renderer
-from rl_ft.serving import app
+from rl_ft.serving import Policy, app
 from rl_ft.vote import voting
 
 pytestmark = pytest.mark.e2e
@@ -122,6 +123,34 @@ def test_a_service_decides_as_the_model_does_in_the_closed_loop(
     assert by_model > len(asked) / 2
 
 
+def test_an_evaluation_lets_the_answers_vote_too(prepared, tmp_path):
+    """Asked once and asked eight times where it is not sure, a model drives differently."""
+    delays = set()
+    for num in (1, 8):
+        out = tmp_path / str(num)
+        evaluate = [
+            sys.executable,
+            "-m",
+            "rl_ft.cli",
+            "evaluate",
+            "--seeds",
+            "1",
+            "--out",
+            str(out),
+        ]
+        asked = ["--model", str(prepared / "sft" / START), "--scenario", "generated:1001"]
+        done = subprocess.run(
+            [*evaluate, *asked, "--set", f"evaluate.num_tellings={num}"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        [row] = json.loads((out / "results.json").read_text())["rows"]
+        assert row["decisions"] > row["invalid_answers"]
+        delays.add(row["delay_s"])
+    assert len(delays) == 2
+
+
 def test_the_example_of_the_readme_is_answered(service, instants, capsys):
     blocks = re.findall(r"```python\n(.+?)```", README.read_text(), re.DOTALL)
     [example] = [block for block in blocks if "/decide" in block]
@@ -172,6 +201,51 @@ def test_an_engine_that_is_killed_is_replaced(service, instants):
     assert victim not in replicas()
 
 
+@pytest.fixture(scope="module")
+def policy(prepared):
+    """What a replica is, in this process: Ray Serve's own part is wrapped around it."""
+    own = next(kind for kind in Policy.func_or_class.__mro__ if "decide" in vars(kind))
+    return own(str(prepared / "sft" / START), None, loop_config())
+
+
+@pytest.mark.parametrize("fault", ["raises", "hangs"])
+def test_a_junction_gets_a_phase_from_an_engine_that_fails_which_is_replaced(
+    fault, policy, instants, monkeypatch
+):
+    async def answer(_):
+        if fault == "hangs":
+            await asyncio.Event().wait()
+        raise RuntimeError("out of memory")
+
+    decision = next(d for d in instants if len(d.legal) > 1)
+    policy.check_health()
+    monkeypatch.setitem(policy.decide.__globals__, "ANSWER_S", 1.0)
+    monkeypatch.setattr(policy, "_answer", answer)
+    monkeypatch.setattr(policy, "_failed", "")
+    choice = asyncio.run(policy.decide(decision, None))
+    assert (choice.decided_by, choice.phase) == ("max_pressure", max_pressure(decision).phase)
+    with pytest.raises(RuntimeError, match="out of memory" if fault == "raises" else "Timeout"):
+        policy.check_health()
+
+
+def same_names(phases: list[dict]) -> list[dict]:
+    return [phase | {"name": "A"} for phase in phases]
+
+
+def no_lanes(phases: list[dict]) -> list[dict]:
+    return [phases[0] | {"lanes": [], "turns": [], "protected": []}, *phases[1:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(same_names, "names that differ"), (no_lanes, "at least one")]
+)
+def test_a_junction_that_does_not_fit_itself_is_named(service, instants, change, said):
+    content = json.loads(DECISION.dump_json(instants[0]))
+    content["junction"]["phases"] = change(content["junction"]["phases"])
+    status, answer = post(service, json.dumps(content).encode())
+    assert (status, said in answer["detail"]) == (422, True)
+
+
 def test_what_can_be_asked_is_described(service):
     with urllib.request.urlopen(f"{service}/openapi.json", timeout=LIMIT_S) as answer:
         described = json.load(answer)
@@ -184,12 +258,17 @@ def test_what_can_be_asked_is_described(service):
     [
         (("--host", "0.0.0.0"), "lets others ask: expected a secret in RLFT_TOKEN"),
         (("--set", "ray.addres=auto"), "ray.addres"),
+        (("--port", "{taken}"), "expected a free port, got Address already in use"),
     ],
 )
-def test_a_service_that_cannot_be_is_named(prepared, options, said):
+def test_a_service_that_cannot_be_is_named(prepared, service, options, said):
+    taken = service.rpartition(":")[2]
     env = {name: value for name, value in os.environ.items() if name != "RLFT_TOKEN"}
     done = subprocess.run(
-        command(prepared / "sft" / START, *options), capture_output=True, text=True, env=env
+        command(prepared / "sft" / START, *(option.format(taken=taken) for option in options)),
+        capture_output=True,
+        text=True,
+        env=env,
     )
     assert done.returncode == 2
     assert said in done.stderr
