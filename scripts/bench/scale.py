@@ -53,7 +53,7 @@ class Rate:
     groups: int
     wall_s: float
     driver_s: float
-    """Of the driver's thread: render, parse, score. Ray's own threads in this process come on top."""
+    """Of the driver's thread: render, parse, score. Ray's own threads come on top."""
 
     @property
     def per_s(self) -> float:
