@@ -23,8 +23,8 @@ from rl_ft.closed_loop import Ask
 from rl_ft.types import Completion
 
 SURE = 0.95
-"""A most likely answer of at least this probability is taken at its word. With 0.8 a model that was
-trained for half an hour locked up one of ten episodes of cologne3, with 0.95 none."""
+"""A most likely answer of at least this probability is taken at its word: half of the answers of a
+model that was trained for half an hour."""
 
 
 def doubts(decision: Decision, answer: Completion, *, num_tellings: int) -> list[Telling]:
