@@ -318,9 +318,10 @@ def _run_folder(
 
     place = out or Path("runs") / Path(recipe or DEFAULT_RECIPE).stem
     config = _config(recipe, overrides, seed, base=place if resume else None)
-    # Now, not after half an hour of training.
-    asked = (config.scenarios.train, config.scenarios.held_out, config.check.scenarios)
-    require_scenarios(name for names in asked for name in expand(names))
+    if not resume:
+        # Now, not after half an hour of training; who only wants a report needs none of them.
+        asked = (config.scenarios.train, config.scenarios.held_out, config.check.scenarios)
+        require_scenarios(name for names in asked for name in expand(names))
     folder = RunFolder.create(place, config, resume=resume)
     with noted_ending(folder, again=f"rl-ft {command} --out {place} --resume"):
         yield folder

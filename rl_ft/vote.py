@@ -23,8 +23,7 @@ from rl_ft.closed_loop import Ask
 from rl_ft.types import Completion
 
 SURE = 0.95
-"""A most likely answer of at least this probability is taken at its word: half of the answers of a
-model that was trained for half an hour."""
+"""A most likely answer of at least this probability is taken at its word."""
 
 
 def doubts(decision: Decision, answer: Completion, *, num_tellings: int) -> list[Telling]:

@@ -62,10 +62,7 @@ asked.start()
 asked.join(10)
 print("held" if asked.is_alive() else "free")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
-    )
-    assert done.stdout.split() == ["came", "free"], done.stderr
+    assert said_by(program) == ["came", "free"]
 
 
 def test_where_no_signal_arrives_nothing_is_changed():
