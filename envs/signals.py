@@ -57,15 +57,16 @@ def legal_phases(
 ) -> tuple[int, ...]:
     """Indices of the phases that may be chosen now; never empty.
 
-    Before `min_green_s` only the running phase. After `max_green_s`, or when the running green
-    has served nobody and nobody approaches it while others wait, every phase but the running
-    one. When in addition a first vehicle has waited `starvation_s`, only phases that serve its
-    lane: a shared lane whose head wants another turn would otherwise repeat one observation for
-    ever (lock-in).
+    Before `min_green_s`, or `occupied_green_s` while the junction is not clear, only the running
+    phase. After `max_green_s`, or when the running green has served nobody and nobody approaches
+    it while others wait, every phase but the running one. When in addition a first vehicle has
+    waited `starvation_s`, only phases that serve its lane: a shared lane whose head wants another
+    turn would otherwise repeat one observation for ever (lock-in).
     """
     every = tuple(range(len(junction.phases)))
     current = observation.current
-    if observation.green_s < timing.min_green_s:
+    occupied = any(observation.inside_veh)
+    if observation.green_s < max(timing.min_green_s, occupied * timing.occupied_green_s):
         return (current,)
     others = tuple(i for i in every if i != current)
     waiting = _phases_with_queue(junction, observation, others)

@@ -29,6 +29,10 @@ class SignalTiming:
     yellow_s: int = 3
     all_red_s: int = 0
     min_green_s: int = 5
+    occupied_green_s: int = 15
+    """A green lasts this long at least while a vehicle stands within the junction: left turners
+    who wait for a gap would else be caught in the way of the next green and, green after green,
+    catch others until nobody moves. 0 turns the rule off."""
     max_green_s: int = 120
     starvation_s: int = 90
     """A first vehicle that has waited this long, while the running green serves nobody, makes the

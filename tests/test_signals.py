@@ -79,6 +79,24 @@ def test_before_min_green_only_the_running_phase_is_legal():
     assert legal_phases(JUNCTION, seen, TIMING) == (1,)
 
 
+def test_who_stands_within_the_junction_is_given_time_to_leave_it():
+    seen = observation(lane(3), lane(3), current=1, green_s=10, inside=(2, 0, 0))
+    assert legal_phases(JUNCTION, seen, TIMING) == (1,)
+    assert legal_phases(JUNCTION, replace(seen, inside_veh=(0, 0, 0)), TIMING) == (0, 1, 2)
+
+
+def test_who_stands_within_the_junction_does_not_hold_a_green_for_ever():
+    seen = observation(
+        lane(3), lane(3), current=1, green_s=TIMING.occupied_green_s, inside=(2, 0, 0)
+    )
+    assert legal_phases(JUNCTION, seen, TIMING) == (0, 1, 2)
+
+
+def test_occupied_green_of_zero_turns_the_rule_off():
+    seen = observation(lane(3), lane(3), current=1, green_s=10, inside=(2, 0, 0))
+    assert legal_phases(JUNCTION, seen, replace(TIMING, occupied_green_s=0)) == (0, 1, 2)
+
+
 def test_from_min_green_on_every_phase_is_legal():
     seen = observation(lane(3), lane(3), lane(3), current=1, green_s=TIMING.min_green_s)
     assert legal_phases(JUNCTION, seen, TIMING) == (0, 1, 2)
@@ -138,9 +156,13 @@ lane_states = st.builds(
         current=st.integers(0, 2),
         green_s=st.integers(0, 300),
         served=st.integers(0, 2),
+        inside=st.tuples(*[st.integers(0, 2)] * 3),
     ),
     timing=st.builds(
-        SignalTiming, max_green_s=st.integers(10, 200), starvation_s=st.sampled_from([0, 30, 90])
+        SignalTiming,
+        occupied_green_s=st.sampled_from([0, 15]),
+        max_green_s=st.integers(10, 200),
+        starvation_s=st.sampled_from([0, 30, 90]),
     ),
 )
 def test_something_is_always_legal(seen, timing):
@@ -224,6 +246,7 @@ timings = st.builds(
     yellow_s=st.integers(2, 4),
     all_red_s=st.integers(0, 2),
     min_green_s=st.integers(4, 25),
+    occupied_green_s=st.sampled_from([0, 15, 30]),
     max_green_s=st.integers(30, 120),
     starvation_s=st.sampled_from([0, 40, 90]),
 )
