@@ -181,6 +181,7 @@ def evaluate(
             baseline=baseline,
             out=out,
             config=_config(recipe, overrides, seed, base=None),
+            resume=resume,
         )
         return
     if scenario or seeds or baseline:
@@ -336,10 +337,10 @@ def _evaluate_named(
     baseline: str | None,
     out: Path | None,
     config: Config,
+    resume: bool,
 ) -> None:
     from typing import get_args
 
-    from rl_ft.monitor import run_log
     from rl_ft.recipe import nearest
     from rl_ft.sections import Controller
 
@@ -352,20 +353,20 @@ def _evaluate_named(
     place = out or Path("runs") / "evaluate"
     if place.exists() and not place.is_dir():
         raise UserError(f"--out {place} is a file; expected a folder or a new name")
-    if (place / "results.json").exists() or (place / "config.yaml").exists():
-        raise UserError(f"--out {place} already holds results; give another --out")
+    if (place / "config.yaml").exists():
+        raise UserError(f"--out {place} is the folder of a run; give another --out")
     from rl_ft.evaluate import evaluate_cli
 
-    with run_log(place / "run.log"):
-        evaluate_cli(
-            controllers=controllers,
-            models=models,
-            scenarios=scenarios or list(config.scenarios.held_out),
-            seeds=seeds or config.evaluate.seeds,
-            out=place,
-            baseline=baseline,
-            config=config,
-        )
+    evaluate_cli(
+        controllers=controllers,
+        models=models,
+        scenarios=scenarios or list(config.scenarios.held_out),
+        seeds=seeds or config.evaluate.seeds,
+        out=place,
+        baseline=baseline,
+        config=config,
+        resume=resume,
+    )
 
 
 def _console() -> Console:

@@ -1,7 +1,7 @@
 """The closed loop that decides: every policy on the same scenarios and seeds, with intervals.
 
-Writes `results.json` with one row per (policy, scenario, seed) and prints the table. Training
-never looks at these numbers.
+Writes `results.json` with one row per (policy, scenario, seed) and prints the table; what is named
+on the command line keeps every episode as it ends. Training never looks at these numbers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from envs.scenario import expand
 from rl_ft.closed_loop import Ask, Episode, Job, play_controller, play_model
 from rl_ft.cluster import ray_session
 from rl_ft.config import Config
-from rl_ft.monitor import write_summary
+from rl_ft.monitor import run_log, write_summary
+from rl_ft.played import Played, Row, signature
 from rl_ft.progress import Progress
 from rl_ft.question import asked_as_taught, require_model
 from rl_ft.render import Renderer
@@ -31,8 +33,8 @@ from rl_ft.vote import voting
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, Any]
 LOG_WIDTH = 140
+EPISODES_FILE = "episodes.jsonl"
 
 
 def evaluate_run(config: Config, folder: RunFolder) -> None:
@@ -68,8 +70,9 @@ def evaluate_cli(
     out: Path,
     baseline: str | None,
     config: Config,
+    resume: bool,
 ) -> None:
-    """`rl-ft evaluate --controller NAME --model DIR --scenario NAME`."""
+    """`rl-ft evaluate --controller NAME --model DIR --scenario NAME`; goes on if `resume`."""
     for model in models:
         require_model(model, "--model")
     unknown = [name for name in controllers if name not in CONTROLLER_NAMES]
@@ -83,16 +86,30 @@ def evaluate_cli(
         raise UserError("nothing to evaluate: give --controller NAME or --model DIR")
     if baseline is not None and baseline not in policies:
         raise UserError(f"--baseline {baseline} is not among the policies: {', '.join(policies)}")
-    results = evaluate(
-        config,
-        controllers=controllers,
-        models=named,
-        splits=dict.fromkeys(expand(scenarios), "held_out"),
-        seeds=seeds,
-        baseline=baseline or ("max_pressure" if "max_pressure" in policies else policies[0]),
-        versus={},
-    )
-    out.mkdir(parents=True, exist_ok=True)
+    splits = dict.fromkeys(expand(scenarios), "held_out")
+    file = out / EPISODES_FILE
+    if not resume and (file.exists() or (out / "results.json").exists()):
+        raise UserError(
+            f"--out {out} already holds results; add --resume to play what is missing, or give "
+            "another --out"
+        )
+    played = Played(file)
+    with run_log(out / "run.log"):
+        try:
+            results = evaluate(
+                config,
+                controllers=controllers,
+                models=named,
+                splits=splits,
+                seeds=seeds,
+                baseline=baseline
+                or ("max_pressure" if "max_pressure" in policies else policies[0]),
+                versus={},
+                played=played,
+            )
+        except BaseException:
+            log.warning("%s has %d episodes; --resume plays the others", file, len(played.rows))
+            raise
     write_atomically(out / "results.json", json.dumps(results, indent=1))
     print_table(results)
 
@@ -107,48 +124,41 @@ def evaluate(
     baseline: str,
     versus: dict[str, str],
     players: Mapping[str, Ask] | None = None,
+    played: Played | None = None,
 ) -> dict[str, Any]:
-    """Play everything; `versus` names a further policy to compare a policy with.
+    """Play everything that `played` has not; `versus` names a further policy to compare with.
 
     `players` are policies that answer as a model does but are no model folder.
     """
-    players = players or {}
+    players, played = players or {}, played or Played()
     jobs = [Job(scenario=name, seed=seed) for name in splits for seed in range(1, seeds + 1)]
     policies = [*players, *controllers, *models]
+    for name in policies:
+        played.begin(name, signature(config, models.get(name)))
+    missing = {name: played.missing(name, jobs) for name in policies}
 
-    def progress(name: str) -> Progress:
+    def play(name: str, episodes: Callable[..., Iterator[Episode]]) -> None:
         what = f"evaluate {name} ({policies.index(name) + 1} of {len(policies)})"
-        return Progress(what, total=len(jobs), unit="episodes")
+        if missing[name]:
+            with Progress(what, total=len(missing[name]), unit="episodes") as shown:
+                for episode in episodes(on_played=shown.add):
+                    played.add(_row(episode, splits))
 
-    episodes: list[Episode] = []
-
-    def play(name: str, ask: Ask, config: Config = config) -> None:
-        with progress(name) as shown:
-            episodes.extend(
-                play_model(
-                    name,
-                    ask,
-                    jobs,
-                    config,
-                    num_worlds=config.evaluate.num_worlds,
-                    on_played=shown.add,
-                )
-            )
+    def answering(name: str, ask: Ask, own: Config) -> Callable[..., Iterator[Episode]]:
+        worlds = config.evaluate.num_worlds
+        return partial(play_model, name, ask, missing[name], own, num_worlds=worlds)
 
     for name, ask in players.items():
-        play(name, ask)
+        play(name, answering(name, ask, config))
     for name in controllers:
-        with progress(name) as shown:
-            episodes += play_controller(name, jobs, config, on_played=shown.add)
-    if models:
-        with _sampler(config, models) as ask_as:
-            for name, path in models.items():
+        play(name, partial(play_controller, name, missing[name], config))
+    asked = {name: path for name, path in models.items() if missing[name]}
+    if asked:
+        with _sampler(config, asked) as ask_as:
+            for name, path in asked.items():
                 own = asked_as_taught(path, config)
-                play(name, ask_as(path, own), own)
-    rows = sorted(
-        (_row(episode, splits) for episode in episodes),
-        key=lambda row: (row["policy"], row["scenario"], row["seed"]),
-    )
+                play(name, answering(name, ask_as(path, own), own))
+    rows = played.chosen(policies, jobs)
     pairs = [(policy, baseline) for policy in policies if policy != baseline]
     pairs += [pair for pair in versus.items() if pair[1] != baseline]
     return {
