@@ -8,9 +8,12 @@ learner's business. TRL is imported only when a trainer is built.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import math
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -29,6 +32,13 @@ if TYPE_CHECKING:
 
     from rl_ft.sections import RayConfig
     from rl_ft.trainer import BeforeUpdate, Fetch, OnMetrics, PackedGRPOTrainer, Publish
+
+log = logging.getLogger(__name__)
+
+START_S = 1800.0
+"""What a learner may take to load a large model and publish it."""
+STOP_S = 120.0
+"""What one that hangs may take to be gone."""
 
 SHARED_WITH_TRL = (
     "max_steps",
@@ -276,23 +286,60 @@ def run_learner(
     return trainer.fit()
 
 
+class LearnerError(Exception):
+    """A learner that hung could not be replaced, or hung more often than `ray.max_failures`."""
+
+
 class RemoteLearner:
     """A fit in a process of its own on this node: in a thread it could not be stopped.
 
-    `ended` has the cause when Ray Train has given up.
+    `ended` has the cause when Ray Train has given up. Who dies is replaced by Ray Train; who lives
+    and does nothing, by `look_after`.
     """
 
     def __init__(
         self, train_config: TrainConfig, settings: RayConfig, storage_path: str | Path
     ) -> None:
+        self._fit = train_config, settings, storage_path
+        self._num_hung = 0
+        self._begin()
+
+    def _begin(self) -> None:
         import ray
 
+        train_config, settings, storage_path = self._fit
         fit = ray.remote(_fit).options(
             num_cpus=0, max_retries=0, scheduling_strategy=on_this_node()
         )
         num_gpus = gpu_share(settings.num_generators + settings.num_learners)
         self._task = fit.remote(train_config, settings, storage_path, num_gpus)
         self.ended: Future[None] = self._task.future()
+        self.fed(begun=False)
+
+    def fed(self, *, begun: bool) -> None:
+        """From now on it has all that it needs to publish; whether it has done so before."""
+        self._since, self._begun = time.monotonic(), begun
+
+    async def look_after(self) -> None:
+        """Begin it again, from its newest checkpoint, if it has been silent for too long.
+
+        Raises:
+            LearnerError: it does not end, or has hung too often.
+        """
+        settings = self._fit[1]
+        timeout_s = settings.learner_timeout_s if self._begun else START_S
+        if time.monotonic() - self._since <= timeout_s:
+            return
+        self._num_hung += 1
+        cause = f"the learner had its groups and published nothing for {timeout_s:g} s"
+        self.stop()
+        done, _ = await asyncio.wait({asyncio.wrap_future(self.ended)}, timeout=STOP_S)
+        if not done:
+            raise LearnerError(f"{cause}, and does not end")
+        if self._num_hung > settings.max_failures:
+            raise LearnerError(f"{cause}, {self._num_hung} times; is ray.learner_timeout_s enough?")
+        log.warning("%s; it begins again from its newest checkpoint", cause)
+        self._begin()
 
     def stop(self) -> None:
         """Wherever it is; nothing happens if it has ended. Does not wait.

@@ -80,7 +80,8 @@ def train_grpo(config: Config, folder: RunFolder) -> None:
                 folder.mark_done(f"grpo/{start}")
                 loop.forget()
         finally:
-            _stop(worlds, samplers)
+            for team in (*worlds, samplers):
+                team.close()
 
 
 class GrpoLoop:
@@ -134,7 +135,7 @@ class GrpoLoop:
         Raises:
             ParityError: trainer and sampler disagree.
             HealthError: a budget of failures is exceeded.
-            RuntimeError: the learner gave up; the cause is its own error.
+            LearnerError, RuntimeError: the learner hung too often; it gave up, with its own cause.
         """
         with self._progress:
             await self._train()
@@ -179,11 +180,12 @@ class GrpoLoop:
             await loading
             next_step = opened.stop
         # It waits for the record of its last steps.
-        ended = asyncio.wrap_future(learner.ended)
-        while not ended.done():
-            await asyncio.wait({ended}, timeout=POLL_S)
+        learner.fed(begun=True)
+        while not learner.ended.done():
+            await asyncio.wait({asyncio.wrap_future(learner.ended)}, timeout=POLL_S)
             await self._take_metrics()
-        ended.result()
+            await learner.look_after()
+        learner.ended.result()
 
     async def _go_on_from(self, ref: WeightsRef) -> None:
         """A learner has begun, or begun again: what comes after its checkpoint is made anew."""
@@ -273,12 +275,14 @@ class GrpoLoop:
         """The next publication; None when the learner has ended without one."""
         # Ray Train restarts a learner that refused, and a long rollout may have hidden both.
         await self._raise_refusal()
+        learner.fed(begun=after > 0)
         while (found := await self._buffer.next_weights.remote(after, POLL_S)) is None:
             await self._take_metrics()
             await self._raise_refusal()
             if learner.ended.done():
                 learner.ended.result()
                 return None
+            await learner.look_after()
         return found
 
     async def _raise_refusal(self) -> None:
@@ -410,9 +414,3 @@ class GrpoLoop:
         better = await self._checks.choose(averaged)
         if better is not None:
             save_folder(better, self._model_path, target)
-
-
-def _stop(worlds: Sequence[RemoteWorlds], samplers: Samplers) -> None:
-    for team in worlds:
-        team.close()
-    samplers.close()

@@ -339,6 +339,8 @@ class RayConfig(Section):
     adapter alone, which they merge into the start's weights (`sft/`, on a disk that they see)."""
     max_failures: int = Field(3, ge=0)
     """How often an actor, or the group of learners, may die or stop answering and be replaced."""
+    learner_timeout_s: float = Field(1800.0, gt=0)
+    """For one optimiser step and its checkpoint, its groups being there; then it counts as hung."""
     torch_threads: int = Field(2, gt=0)
 
     @property

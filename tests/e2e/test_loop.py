@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 
+import psutil
 import pytest
 import ray
 import torch
@@ -453,6 +454,36 @@ def test_a_killed_learner_goes_on_from_its_checkpoint_and_so_does_the_sampler(to
     version, weights = toy.loaded[again]
     assert version in (4, 8)
     assert dict(toy.loaded[:again])[version] == weights
+
+
+@pytest.fixture(scope="module")
+def hung(prepared, generator, tmp_path_factory):
+    """The learner's process stops without ending; whose it was."""
+    pids = []
+
+    def stop_the_learner(root, _):
+        wait_for(lambda: num_logged(root) >= 2)
+        pids.extend(train_worker_pids())
+        os.kill(pids[0], signal.SIGSTOP)
+
+    return run_loop(
+        prepared,
+        tmp_path_factory.mktemp("hung") / "run",
+        generator,
+        *("grpo.max_steps=4", "grpo.save_steps=1", "ray.learner_timeout_s=20"),
+        meanwhile=stop_the_learner,
+    ), pids
+
+
+def test_a_learner_that_hangs_is_replaced_and_goes_on_to_the_last_step(hung):
+    outcome, _ = hung
+    assert outcome.error is None
+    assert outcome.step_numbers == [1, 2, 3, 4]
+
+
+def test_a_learner_that_hangs_is_gone_afterwards(hung):
+    _, [pid] = hung
+    assert not psutil.pid_exists(pid)
 
 
 def test_the_saved_model_is_the_mean_of_the_later_checkpoints(toy):
