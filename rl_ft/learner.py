@@ -282,16 +282,14 @@ class RemoteLearner:
     `ended` has the cause when Ray Train has given up.
     """
 
-    def __init__(
-        self, train_config: TrainConfig, settings: RayConfig, storage_path: str | Path
-    ) -> None:
+    def __init__(self, train_config: TrainConfig, config: Config, storage_path: str | Path) -> None:
         import ray
 
         fit = ray.remote(_fit).options(
             num_cpus=0, max_retries=0, scheduling_strategy=on_this_node()
         )
-        num_gpus = gpu_share(settings.num_generators + settings.num_learners)
-        self._task = fit.remote(train_config, settings, storage_path, num_gpus)
+        num_gpus = gpu_share(config.num_gpu_holders)
+        self._task = fit.remote(train_config, config.ray, storage_path, num_gpus)
         self.ended: Future[None] = self._task.future()
 
     def stop(self) -> None:
