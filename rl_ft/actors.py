@@ -26,7 +26,7 @@ from envs.types import Decision
 from rl_ft.admission import Admission
 from rl_ft.asking import Render
 from rl_ft.buffer import GroupBuffer
-from rl_ft.cluster import Places, gpu_share, on_this_node
+from rl_ft.cluster import Places, engine_gpus, on_this_node
 from rl_ft.config import Config
 from rl_ft.crew import Post, RemoteWorlds, Samplers
 from rl_ft.dataset import read_states
@@ -138,6 +138,8 @@ class GeneratorService:
         from rl_ft.generation import Generator
 
         self._generator = Generator(model_path, config=config, seed=seed)
+        if config.generation.tensor_parallel_size > 1:
+            threading.Thread(target=self._end_with_the_engine, name="death", daemon=True).start()
         if config.monitor.engine and config.exports_ray_metrics:
             work = partial(_export_engine, self._generator.engine_figures)
             threading.Thread(target=work, name="engine", daemon=True).start()
@@ -201,6 +203,12 @@ class GeneratorService:
     def pid(self) -> int:
         """Process id."""
         return os.getpid()
+
+    def _end_with_the_engine(self) -> None:
+        # An engine that lost a process fails every call; what dies is replaced (`rl_ft.crew`).
+        # At once: in some seconds vLLM would fail the call that waits, which ends the run.
+        self._generator.await_death()
+        os._exit(1)
 
 
 class BufferService(GroupBuffer):
@@ -277,19 +285,18 @@ def start_buffer(admission: Admission) -> Any:
 def start_generators(config: Config, model_path: str, *, num_others: int = 0) -> Samplers:
     """As many as `ray.num_generators`; so many others want a GPU each meanwhile."""
     settings, generation = config.ray, config.generation
-    num = settings.num_generators
-    num_gpus = gpu_share(num + num_others)
+    num, size = settings.num_generators, generation.tensor_parallel_size
+    num_cpus = settings.cpus_per_generator * size
+    num_gpus = engine_gpus(num, size, num_others=num_others)
     if 0 < num_gpus < 1:
         # Of a GPU that it shares, an engine takes its part of the memory.
         share = generation.gpu_memory_utilization * num_gpus
         generation = generation.model_copy(update={"gpu_memory_utilization": share})
         config = config.model_copy(update={"generation": generation})
-    bundle = {"CPU": settings.cpus_per_generator, **({"GPU": num_gpus} if num_gpus else {})}
+    bundle = {"CPU": num_cpus, **({"GPU": num_gpus} if num_gpus else {})}
     places = Places([bundle] * num, strategy=settings.placement_strategy, holder=model_path)
     options = [
-        GeneratorActor.options(
-            num_cpus=settings.cpus_per_generator, num_gpus=num_gpus, scheduling_strategy=places[i]
-        )
+        GeneratorActor.options(num_cpus=num_cpus, num_gpus=num_gpus, scheduling_strategy=places[i])
         for i in range(num)
     ]
     starts = [

@@ -49,6 +49,23 @@ def gpu_share(num_holders: int) -> float:
     return 1.0 / math.ceil(num_holders / gpus)
 
 
+def engine_gpus(num_engines: int, size: int, *, num_others: int = 0) -> float:
+    """GPUs for each of so many engines of `size` processes, while so many others want one each.
+
+    Raises:
+        UserError: there are GPUs, but too few for engines of several processes.
+    """
+    num_holders = num_engines * size + num_others
+    share = gpu_share(num_holders)
+    if size > 1 and 0 < share < 1:
+        raise UserError(
+            f"generation.tensor_parallel_size is {size}, whose processes share no GPU: expected "
+            f"{num_holders} GPUs (engines: {num_engines}, others: {num_others}), but the cluster "
+            "has fewer: lower it or ray.num_generators, or add nodes"
+        )
+    return size * share
+
+
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
     """Connected to Ray inside; a session that is already open is used and left open.

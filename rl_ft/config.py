@@ -61,6 +61,25 @@ class Config(Section):
         asked = self.monitor.ray
         return self.ray.address is not None if asked is None else asked
 
+    @property
+    def num_engine_processes(self) -> int:
+        """Of all generators together."""
+        return self.ray.num_generators * self.generation.tensor_parallel_size
+
+    @property
+    def num_gpu_holders(self) -> int:
+        """What wants a GPU during GRPO: processes of engines and learners."""
+        return self.num_engine_processes + self.ray.num_learners
+
+    @property
+    def cpus_wanted(self) -> float:
+        """Logical CPUs that GRPO takes: world actors, generators and learners at once."""
+        return (
+            self.ray.num_world_actors * self.ray.cpus_per_world_actor
+            + self.num_engine_processes * self.ray.cpus_per_generator
+            + self.ray.num_learners * self.ray.cpus_per_learner
+        )
+
     @model_validator(mode="after")
     def _kl_is_over_samples(self) -> Config:
         if self.grpo.beta and self.rollout.counterfactuals:
@@ -97,8 +116,21 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_layer_can_be_shared(self) -> Config:
+        size = self.generation.tensor_parallel_size
+        if self.model.name_or_path == "tiny":
+            for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+                number = getattr(self.model.tiny, name)
+                if number % size:
+                    raise ValueError(
+                        f"model.tiny.{name} is {number}, which the {size} processes of "
+                        "generation.tensor_parallel_size cannot share equally: make it a multiple"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _a_private_cluster_has_room(self) -> Config:
-        wanted = self.ray.cpus_wanted
+        wanted = self.cpus_wanted
         if self.ray.address is None and wanted > self.ray.num_cpus:
             raise ValueError(
                 f"world actors, generators and learners want {wanted:g} CPUs, but ray.num_cpus of "

@@ -130,7 +130,7 @@ def ray_resources(config: Config) -> Check:
     """A Ray session starts and has room for every actor of the loop."""
     from rl_ft.cluster import ray_session
 
-    needed = config.ray.cpus_wanted
+    needed = config.cpus_wanted
     with ray_session(config):
         import ray
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
 from rl_ft.config import Config
@@ -112,6 +113,10 @@ class Generator:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("the engine kept its prefix cache: a request is still running")
 
+    def await_death(self) -> None:
+        """Until a process of an engine of several has ended, which by itself none does."""
+        wait([worker.proc.sentinel for worker in self._llm.llm_engine.model_executor.workers])
+
     def close(self) -> None:
         """Stop the engine and give its memory back."""
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -134,6 +139,7 @@ class Generator:
 
     def _reload(self, state_dict: Mapping[str, Tensor]) -> None:
         # The full state dict, the head included: a dropped tied head would keep its old values.
+        # Each process of the engine is sent all of it and takes its part; this returns after all.
         self._llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": list(state_dict.items())}
         )
@@ -191,6 +197,8 @@ def _set_environment() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # Binding threads to cores stalls for seconds as soon as anything else runs.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    # The processes of an engine of several are not forked off one that has threads.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     for name, value in (("OMP_NUM_THREADS", "1"), ("VLLM_LOGGING_LEVEL", "ERROR")):
         os.environ.setdefault(name, value)
 
@@ -200,7 +208,11 @@ def _engine_settings(config: Config, *, cuda: bool) -> dict[str, object]:
     settings: dict[str, object] = {
         "max_model_len": generation.max_model_len,
         "max_num_seqs": generation.max_num_seqs,
+        "tensor_parallel_size": generation.tensor_parallel_size,
     }
+    if generation.tensor_parallel_size > 1:
+        # In a Ray actor with a placement group vLLM would start actors of its own, elsewhere.
+        settings["distributed_executor_backend"] = "mp"
     if cuda:
         settings |= {
             "dtype": config.model.dtype,

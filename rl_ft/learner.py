@@ -297,22 +297,20 @@ class RemoteLearner:
     and does nothing, by `look_after`.
     """
 
-    def __init__(
-        self, train_config: TrainConfig, settings: RayConfig, storage_path: str | Path
-    ) -> None:
-        self._fit = train_config, settings, storage_path
+    def __init__(self, train_config: TrainConfig, config: Config, storage_path: str | Path) -> None:
+        self._settings = config.ray
+        self._fit = train_config, config.ray, storage_path
+        self._num_gpus = gpu_share(config.num_gpu_holders)
         self._num_hung = 0
         self._begin()
 
     def _begin(self) -> None:
         import ray
 
-        train_config, settings, storage_path = self._fit
         fit = ray.remote(_fit).options(
             num_cpus=0, max_retries=0, scheduling_strategy=on_this_node()
         )
-        num_gpus = gpu_share(settings.num_generators + settings.num_learners)
-        self._task = fit.remote(train_config, settings, storage_path, num_gpus)
+        self._task = fit.remote(*self._fit, self._num_gpus)
         self.ended: Future[None] = self._task.future()
         self.fed(begun=False)
 
@@ -326,7 +324,7 @@ class RemoteLearner:
         Raises:
             LearnerError: it does not end, or has hung too often.
         """
-        settings = self._fit[1]
+        settings = self._settings
         timeout_s = settings.learner_timeout_s if self._begun else START_S
         if time.monotonic() - self._since <= timeout_s:
             return

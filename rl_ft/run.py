@@ -371,7 +371,7 @@ class GrpoLoop:
         # What is passed over is to be read in the run's log, not in a worker's.
         latest_checkpoint(train_config["output_dir"])
         return RemoteLearner(
-            train_config, self._config.ray, self._folder.path(self._stage, "ray").absolute()
+            train_config, self._config, self._folder.path(self._stage, "ray").absolute()
         )
 
     def _write_examples(self, examples: Sequence[dict[str, Any]]) -> None:

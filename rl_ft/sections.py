@@ -241,9 +241,12 @@ class GrpoConfig(Section):
 class GenerationConfig(Section):
     """The vLLM engine."""
 
+    tensor_parallel_size: int = Field(1, gt=0)
+    """Processes that share every layer of one engine, a whole GPU each; they are on one node.
+    Works on CPU too."""
     gpu_memory_utilization: float = 0.9
     kv_cache_gib: float = Field(1.0, gt=0)
-    """CPU only."""
+    """CPU only; for each process of an engine."""
     max_model_len: int = Field(640, gt=0)
     max_num_seqs: int = Field(512, gt=0)
     call_timeout_s: float = Field(900.0, gt=0)
@@ -331,6 +334,7 @@ class RayConfig(Section):
     """Ranks of Ray Train; each takes its share of a step's groups."""
     cpus_per_world_actor: float = 0.5
     cpus_per_generator: float = 1.0
+    """For each process of an engine, of which there are `generation.tensor_parallel_size`."""
     cpus_per_learner: float = 1.0
     placement_strategy: Literal["PACK", "SPREAD"] = "PACK"
     """Whether actors and ranks share nodes as far as they fit, or lie on as many as there are."""
@@ -342,15 +346,6 @@ class RayConfig(Section):
     learner_timeout_s: float = Field(1800.0, gt=0)
     """For one optimiser step and its checkpoint, its groups being there; then it counts as hung."""
     torch_threads: int = Field(2, gt=0)
-
-    @property
-    def cpus_wanted(self) -> float:
-        """Logical CPUs that GRPO takes: world actors, generators and learners at once."""
-        return (
-            self.num_world_actors * self.cpus_per_world_actor
-            + self.num_generators * self.cpus_per_generator
-            + self.num_learners * self.cpus_per_learner
-        )
 
 
 class MonitorConfig(Section):

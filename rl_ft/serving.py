@@ -33,7 +33,7 @@ from envs.controllers import max_pressure
 from envs.errors import UserError
 from envs.types import Action, Decision
 from rl_ft.choice import Choice, chosen, problem
-from rl_ft.cluster import gpu_share, ray_session
+from rl_ft.cluster import engine_gpus, ray_session
 from rl_ft.config import Config
 from rl_ft.question import asked_as_taught, require_model
 from rl_ft.render import PromptTooLongError, Renderer
@@ -201,7 +201,7 @@ def serve_model(
     with ray_session(config):
         serve.start(http_options={"host": host, "port": port})
         try:
-            num_gpus = gpu_share(replicas)
+            num_gpus = engine_gpus(replicas, config.generation.tensor_parallel_size)
             application = _application(model, token, config, replicas=replicas, num_gpus=num_gpus)
             serve.run(application, name=NAME)
             on_ready(f"http://{host}:{port}")
@@ -220,7 +220,8 @@ def serve_model(
 def _application(
     model: Path, token: str | None, config: Config, *, replicas: int, num_gpus: float
 ) -> serve.Application:
-    options = {"num_cpus": config.ray.cpus_per_generator, "num_gpus": num_gpus}
+    num_cpus = config.ray.cpus_per_generator * config.generation.tensor_parallel_size
+    options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
     policy = Policy.options(
         num_replicas=replicas, ray_actor_options=options, max_ongoing_requests=4 * MAX_BATCH
     )

@@ -157,7 +157,7 @@ def promote(sweep: SweepFolder, outcome: Outcome, recipe: str) -> Path:
 
 def cpus_wanted(config: Config) -> float:
     """What one trial holds of the cluster's CPUs at most."""
-    return CPUS_PER_TRIAL + config.ray.cpus_wanted
+    return CPUS_PER_TRIAL + config.cpus_wanted
 
 
 def num_fitting(wants: Mapping[str, float], resources: Mapping[str, float]) -> int:
@@ -212,8 +212,7 @@ def _session_config(sweep: SweepFolder, concurrent: int | None) -> Config:
 def _num_fitting(config: Config) -> int:
     import ray
 
-    num_holders = config.ray.num_generators + config.ray.num_learners
-    gpus = num_holders * gpu_share(num_holders)
+    gpus = config.num_gpu_holders * gpu_share(config.num_gpu_holders)
     return num_fitting({"CPU": cpus_wanted(config), "GPU": gpus}, ray.cluster_resources())
 
 
