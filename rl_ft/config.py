@@ -94,7 +94,7 @@ class Config(Section):
             return self
         if self.ray.num_learners == 1:
             raise ValueError(
-                f"ray.learner_sharding={self.ray.learner_sharding} splits the model among learners, "
+                f"ray.learner_sharding={self.ray.learner_sharding} splits the model up, "
                 "but ray.num_learners is 1: set it to 2 or more, or ray.learner_sharding to none"
             )
         if self.grpo.muon_ratio is not None:
