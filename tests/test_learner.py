@@ -11,6 +11,7 @@ import grpo_case
 import pytest
 import torch
 from grpo_case import config, in_two_ranks, model_folder, ragged_groups
+from torch.distributed.tensor import DTensor
 
 from envs.errors import UserError
 from rl_ft.buffer import TrainingEnded
@@ -26,7 +27,8 @@ from rl_ft.learner import (
     run_learner,
     train,
 )
-from rl_ft.weights import fetch, publish
+from rl_ft.merging import merge
+from rl_ft.weights import fetch, publish, read_folder
 
 
 @pytest.fixture(scope="module")
@@ -394,22 +396,22 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_weights(
 
 
 def train_in_rank(rank, conf, folder, out):
-    """Four steps, and the last two once more, from the checkpoint in between."""
-    for name in ("straight", "resumed"):
+    """Four steps, and the last two again and again, from the checkpoint in between."""
+    for name, transport in (("straight", None), ("resumed", None), ("alone", "adapter")):
+        if transport is not None:
+            conf = sharded(conf, weight_transport=transport)
         run = Run(folder, out, conf, num_groups=4)
         run.train(latest_checkpoint(out))
-        torch.distributed.barrier()
-        if rank == 0:
-            torch.save((run.published, run.metrics), out / f"{name}.pt")
-            shutil.rmtree(out / "checkpoint-4")
+        assert all(isinstance(part, DTensor) for part in run.trainer.model.parameters())
         assert rank == 0 or not run.published
         torch.distributed.barrier()
+        if rank == 0:
+            torch.save((dict(run.published), run.metrics), out / f"{name}.pt")
+            shutil.rmtree(out / "checkpoint-4")
+        torch.distributed.barrier()
 
 
-@pytest.mark.parametrize("transport", ["object_store", "adapter"])
-def test_an_adapter_in_shards_learns_what_a_whole_one_does_and_resumes_to_the_bit(
-    folder, tmp_path, transport
-):
+def test_an_adapter_in_shards_is_that_of_one_rank_and_resumes_to_the_bit(folder, tmp_path):
     conf = with_lora(
         config(
             max_steps=4,
@@ -421,21 +423,21 @@ def test_an_adapter_in_shards_learns_what_a_whole_one_does_and_resumes_to_the_bi
             gradient_checkpointing=True,
         )
     )
-    ray = conf.ray.model_copy(update={"weight_transport": transport})
-    conf = conf.model_copy(update={"ray": ray})
     in_two_ranks(train_in_rank, sharded(conf), folder, tmp_path)
-    published, metrics = torch.load(tmp_path / "straight.pt")
-    resumed, _ = torch.load(tmp_path / "resumed.pt")
-    assert [version for version, _ in resumed] == [2, 3, 4]
-    assert equal(resumed[-1][1], published[-1][1])
     one = Run(folder, tmp_path / "one", conf, num_groups=4).train()
-    for (version, came), (_, expected) in zip(published, one.published, strict=True):
-        assert came.keys() == expected.keys()
+    straight, metrics = torch.load(tmp_path / "straight.pt")
+    for version, expected in one.published:
+        assert straight[version].keys() == expected.keys()
         for name, tensor in expected.items():
-            torch.testing.assert_close(came[name], tensor, atol=1e-4, rtol=1e-3)
-        assert not version or metrics[version]["grad_norm"] == pytest.approx(
-            one.metrics[version]["grad_norm"], rel=1e-3
-        )
+            torch.testing.assert_close(straight[version][name], tensor, atol=1e-4, rtol=1e-3)
+    for step, came in metrics.items():
+        assert came["grad_norm"] == pytest.approx(one.metrics[step]["grad_norm"], rel=1e-3)
+    resumed, _ = torch.load(tmp_path / "resumed.pt")
+    assert list(resumed) == [2, 3, 4]
+    assert equal(resumed[4], straight[4])
+    alone, _ = torch.load(tmp_path / "alone.pt")
+    for name, tensor in merge(read_folder(folder), alone[4]).items():
+        torch.testing.assert_close(tensor, straight[4][name], atol=1e-6, rtol=1e-6)
 
 
 # ---- an end before the last step
