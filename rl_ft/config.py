@@ -108,6 +108,23 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _shards_can_be_trained(self) -> Config:
+        if self.ray.learner_sharding == "none":
+            return self
+        if self.ray.num_learners == 1:
+            raise ValueError(
+                f"ray.learner_sharding={self.ray.learner_sharding} splits the model up, "
+                "but ray.num_learners is 1: set it to 2 or more, or ray.learner_sharding to none"
+            )
+        if self.grpo.muon_ratio is not None:
+            raise ValueError(
+                f"grpo.muon_ratio is {self.grpo.muon_ratio:g}, but Muon needs whole matrices and "
+                f"ray.learner_sharding={self.ray.learner_sharding} leaves each learner a part: set "
+                "grpo.muon_ratio to null (AdamW for everything)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _an_adapter_is_trained(self) -> Config:
         if self.ray.weight_transport == "adapter" and self.model.lora is None:
             raise ValueError(

@@ -93,6 +93,7 @@ def grpo_args(config: Config, *, output_dir: str | Path, num_groups: int) -> GRP
     """
     import torch
 
+    from rl_ft.sharding import TRAINER_ARGS
     from rl_ft.trainer import GRPOConfig
 
     grpo = config.grpo
@@ -101,6 +102,7 @@ def grpo_args(config: Config, *, output_dir: str | Path, num_groups: int) -> GRP
     num_micro_batches = math.ceil(num_own / grpo.groups_per_micro_batch)
     groups_per_micro_batch = math.ceil(num_own / num_micro_batches)
     on_gpu = torch.cuda.is_available()
+    sharded = config.ray.learner_sharding != "none"
     return GRPOConfig(
         output_dir=str(output_dir),
         seed=config.seed,
@@ -108,7 +110,8 @@ def grpo_args(config: Config, *, output_dir: str | Path, num_groups: int) -> GRP
         gradient_accumulation_steps=num_micro_batches,
         **{name: getattr(grpo, name) for name in SHARED_WITH_TRL},
         use_cpu=not on_gpu,
-        bf16=on_gpu and config.model.dtype == "bfloat16",
+        # Accelerate would hold, and publish, shards in float32.
+        bf16=on_gpu and config.model.dtype == "bfloat16" and not sharded,
         ddp_backend=torch.distributed.get_backend() if in_ranks else None,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=False,
@@ -120,6 +123,7 @@ def grpo_args(config: Config, *, output_dir: str | Path, num_groups: int) -> GRP
         ignore_data_skip=True,
         report_to=[],
         disable_tqdm=True,
+        **(TRAINER_ARGS if sharded else {}),
     )
 
 

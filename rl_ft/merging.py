@@ -2,13 +2,16 @@
 
 Either way whoever samples ends up with the tensors of a plain Hugging Face model, adapters merged
 in. The merge is computed beside the weights, never in place: merging and unmerging after every step
-would wear the base weights down by rounding.
+would wear the base weights down by rounding. Of a model in shards all ranks must ask, and the first
+one has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
+
+from rl_ft.sharding import whole
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -27,9 +30,9 @@ def full_state_dict(model: Module) -> dict[str, Tensor]:
     import torch
 
     if not hasattr(model, "peft_config"):
-        return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        return whole(model.state_dict())
     merged = {
-        name.replace(".base_layer.", "."): tensor.detach()
+        name.replace(".base_layer.", "."): tensor
         for name, tensor in model.get_base_model().state_dict().items()
         if ".lora_" not in name
     }
@@ -39,7 +42,7 @@ def full_state_dict(model: Module) -> dict[str, Tensor]:
             for adapter in layer.active_adapters:
                 weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
             merged[f"{name}.weight"] = weight
-    return merged
+        return whole(merged)
 
 
 def adapter_tensors(model: Module) -> dict[str, Tensor]:
@@ -49,10 +52,10 @@ def adapter_tensors(model: Module) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in _lora_layers(model):
         [adapter] = layer.active_adapters
-        tensors[name + DOWN] = layer.lora_A[adapter].weight.detach()
-        tensors[name + UP] = layer.lora_B[adapter].weight.detach()
+        tensors[name + DOWN] = layer.lora_A[adapter].weight
+        tensors[name + UP] = layer.lora_B[adapter].weight
         tensors[name + SCALE] = torch.tensor([float(layer.scaling[adapter])])
-    return tensors
+    return whole(tensors)
 
 
 def merge(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:

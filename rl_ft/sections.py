@@ -332,6 +332,10 @@ class RayConfig(Section):
     """vLLM engines; the one with the least to do is asked next."""
     num_learners: int = Field(1, gt=0)
     """Ranks of Ray Train; each takes its share of a step's groups."""
+    learner_sharding: Literal["none", "fsdp"] = "none"
+    """Every rank holds all of the model, its gradients and its optimiser, or (FSDP2) a share of
+    each: for a model that does not fit one GPU. Weights come out the same, by AdamW alone. The
+    supervised start is not sharded."""
     cpus_per_world_actor: float = 0.5
     cpus_per_generator: float = 1.0
     """For each process of an engine, of which there are `generation.tensor_parallel_size`."""

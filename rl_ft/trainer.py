@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import trl.import_utils as trl_imports
+from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor
 
 # TRL would import vLLM just because it is installed (6 s), and this process never samples.
@@ -34,6 +35,7 @@ from rl_ft.batch import collate, share_of, split  # noqa: E402
 from rl_ft.checkpoints import admit  # noqa: E402
 from rl_ft.merging import adapter_tensors, full_state_dict  # noqa: E402
 from rl_ft.packing import logps_and_entropies, pack, require_packable  # noqa: E402
+from rl_ft.sharding import shard_on_cpus  # noqa: E402
 from rl_ft.types import RolloutGroup  # noqa: E402
 
 if TYPE_CHECKING:
@@ -109,7 +111,9 @@ class PackedGRPOTrainer(GRPOTrainer):
                 "router_aux_loss_coef to 0 in the model's config."
             )
         args.beta = self.beta = beta
-        if reference is not None:
+        if reference is not None and self.is_fsdp_enabled:
+            self.ref_model = fsdp2_prepare_model(self.accelerator, reference)
+        elif reference is not None:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         # TRL's bonus is a mean per micro-batch; ours, in `_compute_loss`, one of the whole batch.
         self._entropy_bonus_enabled = False
@@ -122,6 +126,11 @@ class PackedGRPOTrainer(GRPOTrainer):
         self._inputs: dict[str, Tensor]
         self._forward: tuple[Tensor, Tensor]
         self._sums = _StepSums()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's, which can shard the model on CPUs too."""
+        super().create_accelerator_and_postprocess()
+        shard_on_cpus(self)
 
     def _send_telemetry(self) -> None:
         """Training says nothing to anybody."""
@@ -163,7 +172,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         totals = torch.tensor([num_rows, num_tokens, num_given], device=self.args.device)
         totals = self.accelerator.reduce(totals, reduction="sum").clamp(min=1)
         num_rows, num_tokens, num_given = totals
-        # DDP averages over ranks and TRL over micro-batches: both are undone by this factor.
+        # DDP and FSDP average over ranks, TRL over micro-batches: both are undone by this factor.
         parts = self.accelerator.num_processes * len(batches)
         for batch in batches:
             rows, tokens = len(batch["advantages"]), batch["num_items_in_batch"].clamp(min=1)
@@ -266,11 +275,13 @@ class PackedGRPOTrainer(GRPOTrainer):
 
     def publish_weights(self) -> None:
         """Hand over the weights as they are now, under the version `global_step`."""
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.is_fsdp_enabled:
             started = time.perf_counter()
             model = self.accelerator.unwrap_model(self.model)
             tensors = adapter_tensors(model) if self._adapter_only else full_state_dict(model)
-            self._publish(tensors, self.state.global_step)
+            # Shards are put together by all ranks, and by none are they published but the first.
+            if self.accelerator.is_main_process:
+                self._publish(tensors, self.state.global_step)
             self._sums.add_time("publish", time.perf_counter() - started)
 
     def check_mismatch(self) -> None:

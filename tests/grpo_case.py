@@ -5,8 +5,10 @@ Shared by the tests of packing, batch, trainer and learner.
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rl_ft.config import Config
@@ -96,3 +98,34 @@ def model_folder(parent: Path) -> Path:
             parameter.add_(0.15 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
+
+
+def in_two_ranks(function: Callable[..., None], *args: object) -> None:
+    """Call `function(rank, *args)` in two processes that gloo connects.
+
+    Forked, since importing TRL twice more would cost more than all that is tested in them.
+    """
+    import torch
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _rank, args=(port, function, args), nprocs=2, start_method="fork"
+    )
+
+
+def _rank(rank: int, port: int, function: Callable[..., None], args: tuple[object, ...]) -> None:
+    import torch
+
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    function(rank, *args)
+    torch.distributed.destroy_process_group()

@@ -62,6 +62,7 @@ OWNERS = {
         "rl_ft.weights",
         "rl_ft.generation",
         "rl_ft.optimizer",
+        "rl_ft.sharding",
         "rl_ft.parity",
         "rl_ft.doctor",
     },

@@ -37,6 +37,18 @@ def test_a_kl_term_needs_answers_that_the_policy_gave():
     Config.model_validate({"grpo": {"beta": 0.1}, "rollout": {"counterfactuals": False}})
 
 
+@pytest.mark.parametrize(
+    ("num_learners", "muon_ratio", "says"),
+    [(1, None, "num_learners is 1: set it to 2"), (2, 3.0, "muon_ratio to null")],
+)
+def test_shards_need_several_learners_and_adamw(num_learners, muon_ratio, says):
+    ray = {"learner_sharding": "fsdp", "num_learners": num_learners}
+    with pytest.raises(ValidationError, match=says):
+        Config.model_validate({"ray": ray, "grpo": {"muon_ratio": muon_ratio}})
+    ray |= {"num_learners": 2, "num_cpus": 5}
+    Config.model_validate({"ray": ray, "grpo": {"muon_ratio": None}})
+
+
 def test_the_engine_must_have_room_for_prompt_and_completion():
     with pytest.raises(ValidationError, match="max_model_len is 100"):
         Config.model_validate({"generation": {"max_model_len": 100}})

@@ -10,7 +10,8 @@ from pathlib import Path
 import grpo_case
 import pytest
 import torch
-from grpo_case import config, model_folder, ragged_groups
+from grpo_case import config, in_two_ranks, model_folder, ragged_groups
+from torch.distributed.tensor import DTensor
 
 from envs.errors import UserError
 from rl_ft.buffer import TrainingEnded
@@ -26,7 +27,8 @@ from rl_ft.learner import (
     run_learner,
     train,
 )
-from rl_ft.weights import fetch, publish
+from rl_ft.merging import merge
+from rl_ft.weights import fetch, publish, read_folder
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ class Run:
             num_groups=num_groups,
             on_checkpoint=self.saved.append,
             before_checkpoint=lambda step: self.before_saving.append(
-                (step, max(self.metrics), (output_dir / f"checkpoint-{step}").exists())
+                (step, max(self.metrics, default=0), (output_dir / f"checkpoint-{step}").exists())
             ),
         )
 
@@ -312,57 +314,130 @@ class Recorder:
             notes.write(json.dumps([kind, number, time.time()]) + "\n")
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_killed_worker_resumes_and_ends_with_the_same_weights(
-    ray_cluster, folder, tmp_path, num_ranks
-):
-    """The same as one rank that lives, on one and on two ranks of which one dies.
+def sharded(conf, **ray):
+    settings = {"num_learners": 2, "learner_sharding": "fsdp", **ray}
+    return Config.model_validate(conf.model_dump() | {"ray": conf.ray.model_dump() | settings})
 
-    Sums over two ranks round differently, and where a gradient is next to nothing Adam makes a step
-    of its sign: of all that training changed, the difference is a small part.
+
+def fit(conf, folder, place, num_workers, die_at=None):
+    """What the last step reported, and the weights of every version."""
+    place.mkdir()
+    recorder = Recorder(place, die_at)
+    result = run_learner(
+        TrainConfig(
+            config=conf.model_dump(mode="json"),
+            model_path=str(folder),
+            output_dir=str(place / "checkpoints"),
+            num_groups=4,
+            fetch=recorder.fetch,
+            publish=recorder.publish,
+            on_metrics=recorder.on_metrics,
+        ),
+        storage_path=place / "ray",
+        num_cpus=1,
+        num_gpus=gpu_share(1),
+        max_failures=1,
+        num_workers=num_workers,
+    )
+    notes = [json.loads(line)[:2] for line in (place / "notes.jsonl").open()]
+    versions = [number for kind, number in notes if kind == "publish"]
+    assert versions == ([0, 1, 2, 3, 2, 3, 4] if die_at else [0, 1, 2, 3, 4])
+    assert result.metrics["step"] == 4
+    pointer = json.loads((Path(result.checkpoint.path) / POINTER_FILE).read_text())
+    assert Path(pointer["path"]) == place / "checkpoints" / "checkpoint-4"
+    return result.metrics, [torch.load(place / f"{version}.pt") for version in range(5)]
+
+
+@pytest.fixture(scope="module")
+def whole_life(ray_cluster, folder, tmp_path_factory):
+    """Configuration, metrics and weights of one rank that lives.
+
+    Gradients are clipped and KL has a reference: neither may see a part for the whole.
     """
     from ray import cloudpickle
 
     for module in (sys.modules[__name__], grpo_case):
         cloudpickle.register_pickle_by_value(module)
     # Muon works in bfloat16, which would hide everything else.
-    conf = config(max_steps=4, save_steps=2, learning_rate=1e-2, muon_ratio=None)
-    ends = []
-    for name, die_at, num_workers in (("killed", 3, num_ranks), ("whole", None, 1)):
-        place = tmp_path / name
-        place.mkdir()
-        recorder = Recorder(place, die_at)
-        result = run_learner(
-            TrainConfig(
-                config=conf.model_dump(mode="json"),
-                model_path=str(folder),
-                output_dir=str(place / "checkpoints"),
-                num_groups=4,
-                fetch=recorder.fetch,
-                publish=recorder.publish,
-                on_metrics=recorder.on_metrics,
-            ),
-            storage_path=place / "ray",
-            num_cpus=1,
-            num_gpus=gpu_share(1),
-            max_failures=1,
-            num_workers=num_workers,
-        )
-        notes = [json.loads(line)[:2] for line in (place / "notes.jsonl").open()]
-        versions = [number for kind, number in notes if kind == "publish"]
-        assert versions == ([0, 1, 2, 3, 2, 3, 4] if die_at else [0, 1, 2, 3, 4])
-        assert result.metrics["step"] == 4
-        pointer = json.loads((Path(result.checkpoint.path) / POINTER_FILE).read_text())
-        assert Path(pointer["path"]) == place / "checkpoints" / "checkpoint-4"
-        ends.append(torch.load(place / "4.pt"))
-    begin, (one, other) = torch.load(place / "0.pt"), ends
+    conf = config(
+        max_steps=4,
+        save_steps=2,
+        learning_rate=1e-2,
+        muon_ratio=None,
+        max_grad_norm=0.5,
+        beta=0.5,
+    )
+    return conf, *fit(conf, folder, tmp_path_factory.mktemp("fit") / "whole", 1)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("num_ranks", "sharding"), [(1, "none"), (2, "none"), (2, "fsdp")])
+def test_a_killed_worker_resumes_and_ends_with_the_same_weights(
+    whole_life, folder, tmp_path, num_ranks, sharding
+):
+    """The same as one rank that lives, on one and on two ranks of which one dies.
+
+    Sums over two ranks round differently, and where a gradient is next to nothing Adam makes a step
+    of its sign: of all that training changed, the difference is a small part. Gradients that are
+    too large by a factor would not show in Adam's steps, but do in their norm.
+    """
+    conf, expected, (begin, *_, end) = whole_life
+    conf = conf if sharding == "none" else sharded(conf)
+    metrics, (first, *_, last) = fit(conf, folder, tmp_path / "killed", num_ranks, die_at=3)
+    assert equal(first, begin)
+    assert last.keys() == end.keys()
     if num_ranks == 1:
-        assert equal(one, other)
-    for name, tensor in one.items():
-        changed = (other[name] - begin[name]).norm()
+        assert equal(last, end)
+    assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+    for name, tensor in last.items():
+        changed = (end[name] - begin[name]).norm()
         assert changed > 0
-        assert (tensor - other[name]).norm() < 0.02 * changed
+        assert (tensor - end[name]).norm() < 0.02 * changed
+
+
+def train_in_rank(rank, conf, folder, out):
+    """Four steps, and the last two again and again, from the checkpoint in between."""
+    for name, transport in (("straight", None), ("resumed", None), ("alone", "adapter")):
+        if transport is not None:
+            conf = sharded(conf, weight_transport=transport)
+        run = Run(folder, out, conf, num_groups=4)
+        run.train(latest_checkpoint(out))
+        assert all(isinstance(part, DTensor) for part in run.trainer.model.parameters())
+        assert rank == 0 or not run.published
+        torch.distributed.barrier()
+        if rank == 0:
+            torch.save((dict(run.published), run.metrics), out / f"{name}.pt")
+            shutil.rmtree(out / "checkpoint-4")
+        torch.distributed.barrier()
+
+
+def test_an_adapter_in_shards_is_that_of_one_rank_and_resumes_to_the_bit(folder, tmp_path):
+    conf = with_lora(
+        config(
+            max_steps=4,
+            save_steps=2,
+            learning_rate=1e-2,
+            muon_ratio=None,
+            max_grad_norm=0.5,
+            beta=0.5,
+            gradient_checkpointing=True,
+        )
+    )
+    in_two_ranks(train_in_rank, sharded(conf), folder, tmp_path)
+    one = Run(folder, tmp_path / "one", conf, num_groups=4).train()
+    straight, metrics = torch.load(tmp_path / "straight.pt")
+    for version, expected in one.published:
+        assert straight[version].keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(straight[version][name], tensor, atol=1e-4, rtol=1e-3)
+    for step, came in metrics.items():
+        assert came["grad_norm"] == pytest.approx(one.metrics[step]["grad_norm"], rel=1e-3)
+    resumed, _ = torch.load(tmp_path / "resumed.pt")
+    assert list(resumed) == [2, 3, 4]
+    assert equal(resumed[4], straight[4])
+    alone, _ = torch.load(tmp_path / "alone.pt")
+    for name, tensor in merge(read_folder(folder), alone[4]).items():
+        torch.testing.assert_close(tensor, straight[4][name], atol=1e-6, rtol=1e-6)
 
 
 # ---- an end before the last step

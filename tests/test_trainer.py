@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import socket
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from grpo_case import GROUP_SIZE, config, model_folder, ragged_groups
+from grpo_case import GROUP_SIZE, config, in_two_ranks, model_folder, ragged_groups
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
@@ -394,28 +391,15 @@ def test_the_state_dict_has_the_head_when_it_is_tied():
     assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
 
 
-def rank_main(rank, world_size, port, folder, groups, out, settings):
+def rank_main(rank, folder, groups, out, settings):
     """One of two ranks, each of which takes its share of the groups."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     for number, grpo in enumerate(settings):
-        loss, gradient, logged = packed(folder, groups, Path(out) / str(number), **grpo)
+        loss, gradient, logged = packed(folder, groups, out / str(number), **grpo)
         if rank == 0:
-            torch.save((loss, gradient, logged["entropy"]), Path(out) / f"{number}.pt")
-    torch.distributed.destroy_process_group()
+            torch.save((loss, gradient, logged["entropy"]), out / f"{number}.pt")
 
 
 def test_two_ranks_take_the_step_of_one(folder, masked_groups, tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     groups = [unsaid(group, 2) for group in masked_groups[:4]]
     settings = [
         {
@@ -426,13 +410,7 @@ def test_two_ranks_take_the_step_of_one(folder, masked_groups, tmp_path):
         }
         for loss_type in ("dapo", "cispo", "grpo", "bnpo")
     ]
-    # Forked, since importing TRL twice more would cost more than all that is tested here.
-    torch.multiprocessing.start_processes(
-        rank_main,
-        args=(2, port, folder, groups, str(tmp_path), settings),
-        nprocs=2,
-        start_method="fork",
-    )
+    in_two_ranks(rank_main, folder, groups, tmp_path, settings)
     for number, grpo in enumerate(settings):
         loss, gradient, entropy = torch.load(tmp_path / f"{number}.pt")
         one = packed(folder, groups, tmp_path, **grpo)
