@@ -8,7 +8,6 @@ tests compare loss and gradient with stock TRL on the same batch. Importing this
 from __future__ import annotations
 
 import copy
-import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ from rl_ft.checkpoints import admit  # noqa: E402
 from rl_ft.merging import adapter_tensors, full_state_dict  # noqa: E402
 from rl_ft.packing import logps_and_entropies, pack, require_packable  # noqa: E402
 from rl_ft.sharding import shard_on_cpus  # noqa: E402
+from rl_ft.step_sums import StepSums  # noqa: E402
 from rl_ft.types import RolloutGroup  # noqa: E402
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         self._adapter_only = adapter_only
         self._inputs: dict[str, Tensor]
         self._forward: tuple[Tensor, Tensor]
-        self._sums = _StepSums()
+        self._sums = StepSums()
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's, which can shard the model on CPUs too."""
@@ -258,7 +258,7 @@ class PackedGRPOTrainer(GRPOTrainer):
             )
         del self._forward, self._inputs
         self._sums.add_tokens(logps, entropies, inputs["old_per_token_logps"], weights)
-        self._sums.num_trained += int(inputs["completion_mask"].sum())
+        self._sums.add_size(inputs["completion_mask"])
         self._sums.add_time("forward", time.perf_counter() - started)
         return loss
 
@@ -297,14 +297,11 @@ class PackedGRPOTrainer(GRPOTrainer):
         """
         if "grad_norm" not in logs:  # the closing summary of Trainer
             return
-        objective = {
-            name: sum(values) / len(values)
-            for name, values in self._metrics["train"].items()
-            if name.startswith(("clip_ratio", "cispo_clip", "vespo", "kl"))
-            and not any(map(math.isnan, values))
-        }
+        sums, self._sums = self._sums, StepSums()
+        objective = sums.objective(
+            self._metrics["train"], self.accelerator, level=self.importance_sampling_level
+        )
         self._metrics["train"].clear()
-        sums, self._sums = self._sums, _StepSums()
         measured = sums.metrics(self.accelerator)
         if self.accelerator.is_main_process:
             self._on_metrics(self.state.global_step, {**logs, **objective, **measured})
@@ -345,61 +342,6 @@ class _PublishCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self._trainer.check_mismatch()
-
-
-class _StepSums:
-    """What one optimiser step adds up over its micro-batches: figures over the tokens that the
-    policy gave, as often as it gave them, and seconds."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("fetch", "forward", "backward", "publish"), 0.0)
-        self._started = time.perf_counter()
-        self.num_trained = 0
-        self._sums: Tensor | None = None
-        self._largest: Tensor | None = None
-
-    def add_time(self, stage: str, seconds: float) -> None:
-        self.seconds[stage] += seconds
-
-    def add_tokens(
-        self, logps: Tensor, entropies: Tensor, old_logps: Tensor, weights: Tensor
-    ) -> None:
-        difference = (logps - old_logps).detach().float()
-        sums = torch.stack(
-            [
-                weights.sum().float(),
-                (entropies * weights).detach().sum().float(),
-                (difference.abs() * weights).sum(),
-                (difference * weights).sum(),
-            ]
-        )
-        largest = (difference.abs() * (weights > 0)).max()
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._largest = largest if self._largest is None else self._largest.maximum(largest)
-
-    def mean_abs_logp_diff(self, accelerator: Any) -> float:
-        """Trainer against sampler, over all given tokens of all ranks so far."""
-        tokens, _, absolute, _ = accelerator.reduce(self._sums, reduction="sum").tolist()
-        return absolute / max(tokens, 1.0)
-
-    def metrics(self, accelerator: Any) -> dict[str, float]:
-        """Means over all given tokens of all ranks; `num_tokens` is how many were trained on."""
-        tokens, entropy, absolute, signed = accelerator.reduce(self._sums, reduction="sum").tolist()
-        num_trained = torch.tensor(self.num_trained, device=self._sums.device)
-        largest = accelerator.gather(self._largest).max().item()
-        count = max(tokens, 1.0)
-        total = time.perf_counter() - self._started
-        seconds = {f"learner/{stage}_s": value for stage, value in self.seconds.items()}
-        return {
-            "entropy": entropy / count,
-            "num_tokens": float(accelerator.reduce(num_trained, reduction="sum")),
-            "mismatch/mean_abs_logp_diff": absolute / count,
-            "mismatch/max_abs_logp_diff": largest,
-            "mismatch/mean_logp_diff": signed / count,
-            **seconds,
-            "learner/other_s": total - sum(self.seconds.values()),
-            "learner/step_s": total,
-        }
 
 
 def _weights(batch: dict[str, Tensor]) -> Tensor:

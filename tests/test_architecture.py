@@ -63,6 +63,7 @@ OWNERS = {
         "rl_ft.generation",
         "rl_ft.optimizer",
         "rl_ft.sharding",
+        "rl_ft.step_sums",
         "rl_ft.parity",
         "rl_ft.doctor",
     },

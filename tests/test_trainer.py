@@ -396,7 +396,7 @@ def rank_main(rank, folder, groups, out, settings):
     for number, grpo in enumerate(settings):
         loss, gradient, logged = packed(folder, groups, out / str(number), **grpo)
         if rank == 0:
-            torch.save((loss, gradient, logged["entropy"]), out / f"{number}.pt")
+            torch.save((loss, gradient, logged), out / f"{number}.pt")
 
 
 def test_two_ranks_take_the_step_of_one(folder, masked_groups, tmp_path):
@@ -407,12 +407,21 @@ def test_two_ranks_take_the_step_of_one(folder, masked_groups, tmp_path):
             "groups_per_micro_batch": 1,
             "entropy_coef": 0.05,
             "surprise_coef": 0.05,
+            "importance_sampling_level": level,
         }
-        for loss_type in ("dapo", "cispo", "grpo", "bnpo")
+        for loss_type, level in (
+            ("dapo", "token"),
+            ("cispo", "token"),
+            ("grpo", "sequence"),
+            ("bnpo", "token"),
+        )
     ]
     in_two_ranks(rank_main, folder, groups, tmp_path, settings)
     for number, grpo in enumerate(settings):
-        loss, gradient, entropy = torch.load(tmp_path / f"{number}.pt")
-        one = packed(folder, groups, tmp_path, **grpo)
+        loss, gradient, logged = torch.load(tmp_path / f"{number}.pt")
+        one = packed(folder, groups, tmp_path, **{**grpo, "groups_per_micro_batch": 100})
         assert_same((loss, gradient), one)
-        assert entropy == pytest.approx(one[2]["entropy"], abs=1e-4)
+        assert logged.keys() == one[2].keys()
+        for name, value in one[2].items():
+            if not name.startswith("learner/"):
+                assert logged[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name

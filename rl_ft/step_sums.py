@@ -1,0 +1,95 @@
+"""What an optimiser step adds up over micro-batches and ranks: the same however it is split."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OBJECTIVE = ("clip_ratio", "cispo_clip", "vespo", "kl")
+"""How TRL's metrics of the objective begin."""
+
+
+class StepSums:
+    """Figures over the tokens that the policy gave, as often as it gave them, and seconds."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("fetch", "forward", "backward", "publish"), 0.0)
+        self._started = time.perf_counter()
+        self._sizes: list[Tensor] = []
+        self._sums: Tensor | None = None
+        self._largest: Tensor | None = None
+
+    def add_time(self, stage: str, seconds: float) -> None:
+        """Of this rank."""
+        self.seconds[stage] += seconds
+
+    def add_size(self, mask: Tensor) -> None:
+        """Tokens that a micro-batch trains on, and its rows."""
+        self._sizes.append(torch.stack([mask.sum(), mask.new_tensor(len(mask))]))
+
+    def add_tokens(
+        self, logps: Tensor, entropies: Tensor, old_logps: Tensor, weights: Tensor
+    ) -> None:
+        """Of a micro-batch; `weights` say how often the policy gave each token."""
+        difference = (logps - old_logps).detach().float()
+        sums = torch.stack(
+            [
+                weights.sum().float(),
+                (entropies * weights).detach().sum().float(),
+                (difference.abs() * weights).sum(),
+                (difference * weights).sum(),
+            ]
+        )
+        largest = (difference.abs() * (weights > 0)).max()
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._largest = largest if self._largest is None else self._largest.maximum(largest)
+
+    def objective(
+        self, named: Mapping[str, Sequence[float]], accelerator: Any, *, level: str
+    ) -> dict[str, float]:
+        """TRL's metrics of the objective, one value per micro-batch each, as those of all of them.
+
+        TRL takes means over the tokens, or where ratios are those of sequences over the rows, of a
+        micro-batch; their plain mean would depend on how the groups were split.
+        """
+        tokens, rows = accelerator.reduce(torch.stack(self._sizes), reduction="sum").T.tolist()
+        found = {}
+        for name, values in named.items():
+            if not name.startswith(OBJECTIVE) or any(map(math.isnan, values)):
+                continue
+            if name.endswith(("_min", "_max")):
+                found[name] = (min if name.endswith("_min") else max)(values)
+                continue
+            sizes = rows if level == "sequence" and name != "kl" else tokens
+            total = sum(value * size for value, size in zip(values, sizes, strict=True))
+            found[name] = total / max(sum(sizes), 1)
+        return found
+
+    def mean_abs_logp_diff(self, accelerator: Any) -> float:
+        """Trainer against sampler, over all given tokens of all ranks so far."""
+        tokens, _, absolute, _ = accelerator.reduce(self._sums, reduction="sum").tolist()
+        return absolute / max(tokens, 1.0)
+
+    def metrics(self, accelerator: Any) -> dict[str, float]:
+        """Means over all given tokens of all ranks; `num_tokens` is how many were trained on."""
+        tokens, entropy, absolute, signed = accelerator.reduce(self._sums, reduction="sum").tolist()
+        num_trained = torch.stack(self._sizes)[:, 0].sum()
+        largest = accelerator.gather(self._largest).max().item()
+        count = max(tokens, 1.0)
+        total = time.perf_counter() - self._started
+        seconds = {f"learner/{stage}_s": value for stage, value in self.seconds.items()}
+        return {
+            "entropy": entropy / count,
+            "num_tokens": float(accelerator.reduce(num_trained, reduction="sum")),
+            "mismatch/mean_abs_logp_diff": absolute / count,
+            "mismatch/max_abs_logp_diff": largest,
+            "mismatch/mean_logp_diff": signed / count,
+            **seconds,
+            "learner/other_s": total - sum(self.seconds.values()),
+            "learner/step_s": total,
+        }
