@@ -10,7 +10,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
 from envs.answers import Parsed, act, offered, parse
@@ -19,7 +19,7 @@ from envs.scenario import load_scenario
 from envs.types import Action, Decision, Scenario, TripStats
 from envs.world import World
 from rl_ft.config import Config
-from rl_ft.interrupt import handed_out
+from rl_ft.interrupt import handed_out, late_interrupt
 from rl_ft.types import Completion
 
 Ask = Callable[[list[Decision]], list[Completion]]
@@ -65,7 +65,7 @@ class Episode:
 def play_controller(
     name: str, jobs: Sequence[Job], config: Config, *, on_played: OnPlayed
 ) -> Iterator[Episode]:
-    """Episodes of a classical controller, in the jobs' order."""
+    """Episodes of a classical controller, in the order in which they end."""
 
     stopped = threading.Event()
 
@@ -84,11 +84,16 @@ def play_controller(
             return Episode(policy=name, job=job, trips=world.trips())
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        with late_interrupt():
+            futures = [pool.submit(play, job) for job in jobs]
         try:
-            yield from handed_out(pool, play, jobs)
+            for future in as_completed(futures):
+                yield future.result()
         except BaseException:
             # Ctrl-C would wait for whole episodes.
             stopped.set()
+            for future in futures:
+                future.cancel()
             raise
 
 

@@ -28,7 +28,7 @@ from rl_ft.played import Played, Row, signature
 from rl_ft.progress import Progress
 from rl_ft.question import asked_as_taught, require_model
 from rl_ft.render import Renderer
-from rl_ft.run_folder import RunFolder, write_atomically
+from rl_ft.run_folder import RunFolder, take_lock, write_atomically
 from rl_ft.vote import voting
 
 log = logging.getLogger(__name__)
@@ -88,13 +88,19 @@ def evaluate_cli(
         raise UserError(f"--baseline {baseline} is not among the policies: {', '.join(policies)}")
     splits = dict.fromkeys(expand(scenarios), "held_out")
     file = out / EPISODES_FILE
-    if not resume and (file.exists() or (out / "results.json").exists()):
+    if not file.exists() and (out / "results.json").exists():
+        raise UserError(f"--out {out} already holds results; give another --out")
+    if file.exists() and not resume:
         raise UserError(
             f"--out {out} already holds results; add --resume to play what is missing, or give "
             "another --out"
         )
-    played = Played(file)
-    with run_log(out / "run.log"):
+    out.mkdir(parents=True, exist_ok=True)
+    with take_lock(out, out), run_log(out / "run.log"):
+        played = Played(file)
+        for name in policies:
+            for scenario in splits:
+                played.begin(name, scenario, signature(config, named.get(name), scenario))
         try:
             results = evaluate(
                 config,
@@ -108,7 +114,7 @@ def evaluate_cli(
                 played=played,
             )
         except BaseException:
-            log.warning("%s has %d episodes; --resume plays the others", file, len(played.rows))
+            log.warning("%s has %d episodes; --resume plays the others", file, len(played))
             raise
     write_atomically(out / "results.json", json.dumps(results, indent=1))
     print_table(results)
@@ -130,11 +136,10 @@ def evaluate(
 
     `players` are policies that answer as a model does but are no model folder.
     """
-    players, played = players or {}, played or Played()
+    players = players or {}
+    played = Played() if played is None else played
     jobs = [Job(scenario=name, seed=seed) for name in splits for seed in range(1, seeds + 1)]
     policies = [*players, *controllers, *models]
-    for name in policies:
-        played.begin(name, signature(config, models.get(name)))
     missing = {name: played.missing(name, jobs) for name in policies}
 
     def play(name: str, episodes: Callable[..., Iterator[Episode]]) -> None:

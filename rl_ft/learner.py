@@ -39,6 +39,7 @@ START_S = 1800.0
 """What a learner may take to load a large model and publish it."""
 STOP_S = 120.0
 """What one that hangs may take to be gone."""
+POLL_S = 0.5
 
 SHARED_WITH_TRL = (
     "max_steps",
@@ -318,6 +319,14 @@ class RemoteLearner:
         self.ended: Future[None] = self._task.future()
         self.fed(begun=False)
 
+    async def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended, once it has or the time is up."""
+        # Polled: a future made for each wait would be left with an error that nobody takes.
+        until = time.monotonic() + timeout_s
+        while not self.ended.done() and time.monotonic() < until:
+            await asyncio.sleep(min(POLL_S, timeout_s))
+        return self.ended.done()
+
     def fed(self, *, begun: bool) -> None:
         """From now on it has all that it needs to publish; whether it has done so before."""
         self._since, self._begun = time.monotonic(), begun
@@ -335,9 +344,10 @@ class RemoteLearner:
         self._num_hung += 1
         cause = f"the learner had its groups and published nothing for {timeout_s:g} s"
         self.stop()
-        done, _ = await asyncio.wait({asyncio.wrap_future(self.ended)}, timeout=STOP_S)
-        if not done:
+        if not await self.wait(STOP_S):
             raise LearnerError(f"{cause}, and does not end")
+        if not self.ended.cancelled() and self.ended.exception() is None:
+            return
         if self._num_hung > settings.max_failures:
             raise LearnerError(f"{cause}, {self._num_hung} times; is ray.learner_timeout_s enough?")
         log.warning("%s; it begins again from its newest checkpoint", cause)

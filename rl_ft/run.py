@@ -181,8 +181,7 @@ class GrpoLoop:
             next_step = opened.stop
         # It waits for the record of its last steps.
         learner.fed(begun=True)
-        while not learner.ended.done():
-            await asyncio.wait({asyncio.wrap_future(learner.ended)}, timeout=POLL_S)
+        while not await learner.wait(POLL_S):
             await self._take_metrics()
             await learner.look_after()
         learner.ended.result()

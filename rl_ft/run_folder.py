@@ -42,7 +42,9 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
 """The parts of the configuration that decide what a stage makes, earlier stages' included."""
 
 _MACHINE_SECTIONS = ("ray", "monitor")
-"""How the work is placed and watched, not what comes out: may differ when a run is resumed."""
+"""How the work is placed and watched, not what comes out: may differ when a run is resumed..."""
+_IN_CHECKPOINTS = ("ray.learner_sharding",)
+"""... but for what decides which files a checkpoint has."""
 
 _PACKAGES = (
     "rl-ft",
@@ -176,7 +178,7 @@ class RunFolder:
         other = {
             key: values
             for key, values in differences(before, self.config).items()
-            if key.split(".")[0] not in _MACHINE_SECTIONS
+            if key.split(".")[0] not in _MACHINE_SECTIONS or key in _IN_CHECKPOINTS
         }
         if other:
             listed = ", ".join(f"{k} (was {a!r}, now {b!r})" for k, (a, b) in other.items())

@@ -348,7 +348,8 @@ class RayConfig(Section):
     max_failures: int = Field(3, ge=0)
     """How often an actor, or the group of learners, may die or stop answering and be replaced."""
     learner_timeout_s: float = Field(1800.0, gt=0)
-    """For one optimiser step and its checkpoint, its groups being there; then it counts as hung."""
+    """For one optimiser step and its checkpoint, its groups being there, or to begin again after a
+    death; then it counts as hung."""
     torch_threads: int = Field(2, gt=0)
 
 

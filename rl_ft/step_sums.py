@@ -54,18 +54,22 @@ class StepSums:
     ) -> dict[str, float]:
         """TRL's metrics of the objective, one value per micro-batch each, as those of all of them.
 
-        TRL takes means over the tokens, or where ratios are those of sequences over the rows, of a
-        micro-batch; their plain mean would depend on how the groups were split.
+        TRL takes means over a micro-batch's tokens, or over its rows where there is one figure for
+        each; their plain mean would depend on how the groups were split.
         """
         tokens, rows = accelerator.reduce(torch.stack(self._sizes), reduction="sum").T.tolist()
         found = {}
         for name, values in named.items():
-            if not name.startswith(OBJECTIVE) or any(map(math.isnan, values)):
+            if not name.startswith(OBJECTIVE):
                 continue
             if name.endswith(("_min", "_max")):
-                found[name] = (min if name.endswith("_min") else max)(values)
+                # Of a micro-batch whose rows all failed there is none.
+                known = [value for value in values if not math.isnan(value)]
+                if known:
+                    found[name] = (min if name.endswith("_min") else max)(known)
                 continue
-            sizes = rows if level == "sequence" and name != "kl" else tokens
+            by_row = name.startswith("vespo") or (level == "sequence" and name != "kl")
+            sizes = rows if by_row else tokens
             total = sum(value * size for value, size in zip(values, sizes, strict=True))
             found[name] = total / max(sum(sizes), 1)
         return found

@@ -154,7 +154,7 @@ def test_what_can_be_the_best_after_a_resume_is_kept(stage):
 
 
 def test_what_no_resume_can_need_is_forgotten(tmp_path):
-    driver = Driver(v0="random", v10="max_pressure", v20="max_wave")
+    driver = Driver(v0="random", v10="max_wave", v20="max_pressure")
     stage = Stage(tmp_path, driver, "check.min_improvement_s=0").go(0, 10, 20, resumable_from=[20])
     assert stage.kept() == [0, 20]
 
