@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+import time
 
 import psutil
 import pytest
@@ -48,9 +50,8 @@ def prompts(number: int) -> list[list[int]]:
 
 
 def engine_processes(pid: int | None = None) -> list[psutil.Process]:
-    found = [p for p in psutil.Process(pid).children() if "VLLM::" in " ".join(p.cmdline())]
-    assert len(found) == 2
-    return found
+    children = psutil.Process(pid).children()
+    return [process for process in children if "VLLM::" in " ".join(process.cmdline())]
 
 
 def are_gone(processes: list[psutil.Process]) -> bool:
@@ -76,6 +77,7 @@ def engines(folder):
     one, two = (Generator(folder, config=config(size), seed=1) for size in (1, 2))
     yield one, two
     processes = engine_processes()
+    assert len(processes) == 2
     two.close()
     one.close()
     assert are_gone(processes)
@@ -128,7 +130,13 @@ def test_a_generator_that_loses_a_process_is_replaced_and_leaves_none_behind(
         return asyncio.run(asked)
 
     def processes() -> list[psutil.Process]:
-        return engine_processes(ray.get(samplers.posts[0].actor.pid.remote()))
+        until, found = time.monotonic() + GONE_S, []
+        while len(found) != 2:
+            assert time.monotonic() < until, found
+            pid = asyncio.run(samplers.posts[0].insist("pid", timeout_s=300))
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found = engine_processes(pid)
+        return found
 
     asyncio.run(samplers.load(publish(changed, 1, ray.put)))
     before, first = answers(), processes()

@@ -28,6 +28,7 @@ from loop_case import (
 
 from envs.naming import phase_name, renamed
 from rl_ft.dataset import GRPO_FILE
+from rl_ft.learner import LearnerError
 from rl_ft.parity import NO_OP_SYNC, ParityError
 from rl_ft.series import SERIES
 from rl_ft.weights import digest, read_folder
@@ -456,6 +457,9 @@ def test_a_killed_learner_goes_on_from_its_checkpoint_and_so_does_the_sampler(to
     assert dict(toy.loaded[:again])[version] == weights
 
 
+HANGS = ("grpo.max_steps=4", "grpo.save_steps=1", "ray.learner_timeout_s=20")
+
+
 @pytest.fixture(scope="module")
 def hung(prepared, generator, tmp_path_factory):
     """The learner's process stops without ending; whose it was."""
@@ -466,13 +470,8 @@ def hung(prepared, generator, tmp_path_factory):
         pids.extend(train_worker_pids())
         os.kill(pids[0], signal.SIGSTOP)
 
-    return run_loop(
-        prepared,
-        tmp_path_factory.mktemp("hung") / "run",
-        generator,
-        *("grpo.max_steps=4", "grpo.save_steps=1", "ray.learner_timeout_s=20"),
-        meanwhile=stop_the_learner,
-    ), pids
+    root = tmp_path_factory.mktemp("hung") / "run"
+    return run_loop(prepared, root, generator, *HANGS, meanwhile=stop_the_learner), pids
 
 
 def test_a_learner_that_hangs_is_replaced_and_goes_on_to_the_last_step(hung):
@@ -484,6 +483,19 @@ def test_a_learner_that_hangs_is_replaced_and_goes_on_to_the_last_step(hung):
 def test_a_learner_that_hangs_is_gone_afterwards(hung):
     _, [pid] = hung
     assert not psutil.pid_exists(pid)
+
+
+def test_a_learner_that_hangs_too_often_ends_the_run_with_the_cause(prepared, generator, tmp_path):
+    def stop_the_learner(root, _):
+        wait_for(lambda: num_logged(root) >= 2)
+        os.kill(train_worker_pids()[0], signal.SIGSTOP)
+
+    never = "ray.max_failures=0"
+    outcome = run_loop(
+        prepared, tmp_path / "run", generator, *HANGS, never, meanwhile=stop_the_learner
+    )
+    assert isinstance(outcome.error, LearnerError)
+    assert "published nothing for 20 s, 1 times" in str(outcome.error)
 
 
 def test_the_saved_model_is_the_mean_of_the_later_checkpoints(toy):
