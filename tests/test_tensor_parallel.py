@@ -49,9 +49,10 @@ def prompts(number: int) -> list[list[int]]:
     return [[rng.randrange(300, 700) for _ in range(rng.randrange(40, 120))] for _ in range(number)]
 
 
-def engine_processes(pid: int | None = None) -> list[psutil.Process]:
-    children = psutil.Process(pid).children()
-    return [process for process in children if "VLLM::" in " ".join(process.cmdline())]
+def engine_processes(pid: int) -> list[psutil.Process]:
+    # By vLLM's title, or by how they were started where they could not be given one.
+    found = [(p, " ".join(p.cmdline())) for p in psutil.Process(pid).children()]
+    return [process for process, line in found if "VLLM" in line or "spawn_main" in line]
 
 
 def are_gone(processes: list[psutil.Process]) -> bool:
@@ -76,7 +77,8 @@ def engines(folder):
         pytest.skip("two processes of an engine want a GPU each")
     one, two = (Generator(folder, config=config(size), seed=1) for size in (1, 2))
     yield one, two
-    processes = engine_processes()
+    workers = two._llm.llm_engine.model_executor.workers
+    processes = [psutil.Process(worker.proc.pid) for worker in workers]
     assert len(processes) == 2
     two.close()
     one.close()
