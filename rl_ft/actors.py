@@ -286,7 +286,7 @@ def start_generators(config: Config, model_path: str, *, num_others: int = 0) ->
     """As many as `ray.num_generators`; so many others want a GPU each meanwhile."""
     settings, generation = config.ray, config.generation
     num, size = settings.num_generators, generation.tensor_parallel_size
-    num_cpus = settings.cpus_per_generator * size
+    num_cpus = config.cpus_per_engine
     num_gpus = engine_gpus(num, size, num_others=num_others)
     if 0 < num_gpus < 1:
         # Of a GPU that it shares, an engine takes its part of the memory.

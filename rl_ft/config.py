@@ -62,21 +62,22 @@ class Config(Section):
         return self.ray.address is not None if asked is None else asked
 
     @property
-    def num_engine_processes(self) -> int:
-        """Of all generators together."""
-        return self.ray.num_generators * self.generation.tensor_parallel_size
+    def cpus_per_engine(self) -> float:
+        """Logical CPUs of one generator, all its processes together."""
+        return self.ray.cpus_per_generator * self.generation.tensor_parallel_size
 
     @property
     def num_gpu_holders(self) -> int:
         """What wants a GPU during GRPO: processes of engines and learners."""
-        return self.num_engine_processes + self.ray.num_learners
+        num_processes = self.ray.num_generators * self.generation.tensor_parallel_size
+        return num_processes + self.ray.num_learners
 
     @property
     def cpus_wanted(self) -> float:
         """Logical CPUs that GRPO takes: world actors, generators and learners at once."""
         return (
             self.ray.num_world_actors * self.ray.cpus_per_world_actor
-            + self.num_engine_processes * self.ray.cpus_per_generator
+            + self.ray.num_generators * self.cpus_per_engine
             + self.ray.num_learners * self.ray.cpus_per_learner
         )
 

@@ -86,6 +86,8 @@ def evaluate_cli(
         raise UserError("nothing to evaluate: give --controller NAME or --model DIR")
     if baseline is not None and baseline not in policies:
         raise UserError(f"--baseline {baseline} is not among the policies: {', '.join(policies)}")
+    if baseline is None:
+        baseline = "max_pressure" if "max_pressure" in policies else policies[0]
     splits = dict.fromkeys(expand(scenarios), "held_out")
     file = out / EPISODES_FILE
     if not file.exists() and (out / "results.json").exists():
@@ -108,15 +110,14 @@ def evaluate_cli(
                 models=named,
                 splits=splits,
                 seeds=seeds,
-                baseline=baseline
-                or ("max_pressure" if "max_pressure" in policies else policies[0]),
+                baseline=baseline,
                 versus={},
                 played=played,
             )
         except BaseException:
             log.warning("%s has %d episodes; --resume plays the others", file, len(played))
             raise
-    write_atomically(out / "results.json", json.dumps(results, indent=1))
+        write_atomically(out / "results.json", json.dumps(results, indent=1))
     print_table(results)
 
 

@@ -304,7 +304,7 @@ class RemoteLearner:
 
     def __init__(self, train_config: TrainConfig, config: Config, storage_path: str | Path) -> None:
         self._settings = config.ray
-        self._fit = train_config, config.ray, storage_path
+        self._train_config, self._storage_path = train_config, storage_path
         self._num_gpus = gpu_share(config.num_gpu_holders)
         self._num_hung = 0
         self._begin()
@@ -315,7 +315,9 @@ class RemoteLearner:
         fit = ray.remote(_fit).options(
             num_cpus=0, max_retries=0, scheduling_strategy=on_this_node()
         )
-        self._task = fit.remote(*self._fit, self._num_gpus)
+        self._task = fit.remote(
+            self._train_config, self._settings, self._storage_path, self._num_gpus
+        )
         self.ended: Future[None] = self._task.future()
         self.fed(begun=False)
 

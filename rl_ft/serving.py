@@ -220,8 +220,7 @@ def serve_model(
 def _application(
     model: Path, token: str | None, config: Config, *, replicas: int, num_gpus: float
 ) -> serve.Application:
-    num_cpus = config.ray.cpus_per_generator * config.generation.tensor_parallel_size
-    options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    options = {"num_cpus": config.cpus_per_engine, "num_gpus": num_gpus}
     policy = Policy.options(
         num_replicas=replicas, ray_actor_options=options, max_ongoing_requests=4 * MAX_BATCH
     )

@@ -49,47 +49,29 @@ class StepSums:
         self._sums = sums if self._sums is None else self._sums + sums
         self._largest = largest if self._largest is None else self._largest.maximum(largest)
 
-    def objective(
-        self, named: Mapping[str, Sequence[float]], accelerator: Any, *, level: str
-    ) -> dict[str, float]:
-        """TRL's metrics of the objective, one value per micro-batch each, as those of all of them.
-
-        TRL takes means over a micro-batch's tokens, or over its rows where there is one figure for
-        each; their plain mean would depend on how the groups were split.
-        """
-        tokens, rows = accelerator.reduce(torch.stack(self._sizes), reduction="sum").T.tolist()
-        found = {}
-        for name, values in named.items():
-            if not name.startswith(OBJECTIVE):
-                continue
-            if name.endswith(("_min", "_max")):
-                # Of a micro-batch whose rows all failed there is none.
-                known = [value for value in values if not math.isnan(value)]
-                if known:
-                    found[name] = (min if name.endswith("_min") else max)(known)
-                continue
-            by_row = name.startswith("vespo") or (level == "sequence" and name != "kl")
-            sizes = rows if by_row else tokens
-            total = sum(value * size for value, size in zip(values, sizes, strict=True))
-            found[name] = total / max(sum(sizes), 1)
-        return found
-
     def mean_abs_logp_diff(self, accelerator: Any) -> float:
         """Trainer against sampler, over all given tokens of all ranks so far."""
         tokens, _, absolute, _ = accelerator.reduce(self._sums, reduction="sum").tolist()
         return absolute / max(tokens, 1.0)
 
-    def metrics(self, accelerator: Any) -> dict[str, float]:
-        """Means over all given tokens of all ranks; `num_tokens` is how many were trained on."""
+    def metrics(
+        self, accelerator: Any, named: Mapping[str, Sequence[float]], *, level: str
+    ) -> dict[str, float]:
+        """Means over all given tokens of all ranks; `num_tokens` is how many were trained on.
+
+        Of what TRL has `named`, one value per micro-batch each, the metrics of the objective;
+        `level` is that of its importance sampling.
+        """
         tokens, entropy, absolute, signed = accelerator.reduce(self._sums, reduction="sum").tolist()
-        num_trained = torch.stack(self._sizes)[:, 0].sum()
+        sizes = accelerator.reduce(torch.stack(self._sizes), reduction="sum").T.tolist()
         largest = accelerator.gather(self._largest).max().item()
         count = max(tokens, 1.0)
         total = time.perf_counter() - self._started
         seconds = {f"learner/{stage}_s": value for stage, value in self.seconds.items()}
         return {
+            **_objective(named, *sizes, level=level),
             "entropy": entropy / count,
-            "num_tokens": float(accelerator.reduce(num_trained, reduction="sum")),
+            "num_tokens": float(sum(sizes[0])),
             "mismatch/mean_abs_logp_diff": absolute / count,
             "mismatch/max_abs_logp_diff": largest,
             "mismatch/mean_logp_diff": signed / count,
@@ -97,3 +79,29 @@ class StepSums:
             "learner/other_s": total - sum(self.seconds.values()),
             "learner/step_s": total,
         }
+
+
+def _objective(
+    named: Mapping[str, Sequence[float]],
+    tokens: Sequence[int],
+    rows: Sequence[int],
+    *,
+    level: str,
+) -> dict[str, float]:
+    """TRL takes means over a micro-batch's tokens, or over its rows where there is one figure for
+    each; their plain mean would depend on how the groups were split."""
+    found = {}
+    for name, values in named.items():
+        if not name.startswith(OBJECTIVE):
+            continue
+        if name.endswith(("_min", "_max")):
+            # Of a micro-batch whose rows all failed there is none.
+            known = [value for value in values if not math.isnan(value)]
+            if known:
+                found[name] = (min if name.endswith("_min") else max)(known)
+            continue
+        by_row = name.startswith("vespo") or (level == "sequence" and name != "kl")
+        sizes = rows if by_row else tokens
+        total = sum(value * size for value, size in zip(values, sizes, strict=True))
+        found[name] = total / max(sum(sizes), 1)
+    return found

@@ -298,13 +298,12 @@ class PackedGRPOTrainer(GRPOTrainer):
         if "grad_norm" not in logs:  # the closing summary of Trainer
             return
         sums, self._sums = self._sums, StepSums()
-        objective = sums.objective(
-            self._metrics["train"], self.accelerator, level=self.importance_sampling_level
+        measured = sums.metrics(
+            self.accelerator, self._metrics["train"], level=self.importance_sampling_level
         )
         self._metrics["train"].clear()
-        measured = sums.metrics(self.accelerator)
         if self.accelerator.is_main_process:
-            self._on_metrics(self.state.global_step, {**logs, **objective, **measured})
+            self._on_metrics(self.state.global_step, {**logs, **measured})
         self.publish_weights()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

@@ -314,6 +314,18 @@ class Recorder:
             notes.write(json.dumps([kind, number, time.time()]) + "\n")
 
 
+CLIPPED_WITH_KL = {
+    "max_steps": 4,
+    "save_steps": 2,
+    "learning_rate": 1e-2,
+    # Muon works in bfloat16, which would hide everything else.
+    "muon_ratio": None,
+    "max_grad_norm": 0.5,
+    "beta": 0.5,
+}
+"""Gradients are clipped and KL has a reference: neither may see a part for the whole."""
+
+
 def sharded(conf, **ray):
     settings = {"num_learners": 2, "learner_sharding": "fsdp", **ray}
     return Config.model_validate(conf.model_dump() | {"ray": conf.ray.model_dump() | settings})
@@ -350,23 +362,12 @@ def fit(conf, folder, place, num_workers, die_at=None):
 
 @pytest.fixture(scope="module")
 def whole_life(ray_cluster, folder, tmp_path_factory):
-    """Configuration, metrics and weights of one rank that lives.
-
-    Gradients are clipped and KL has a reference: neither may see a part for the whole.
-    """
+    """Configuration, metrics and weights of one rank that lives."""
     from ray import cloudpickle
 
     for module in (sys.modules[__name__], grpo_case):
         cloudpickle.register_pickle_by_value(module)
-    # Muon works in bfloat16, which would hide everything else.
-    conf = config(
-        max_steps=4,
-        save_steps=2,
-        learning_rate=1e-2,
-        muon_ratio=None,
-        max_grad_norm=0.5,
-        beta=0.5,
-    )
+    conf = config(**CLIPPED_WITH_KL)
     return conf, *fit(conf, folder, tmp_path_factory.mktemp("fit") / "whole", 1)
 
 
@@ -412,17 +413,7 @@ def train_in_rank(rank, conf, folder, out):
 
 
 def test_an_adapter_in_shards_is_that_of_one_rank_and_resumes_to_the_bit(folder, tmp_path):
-    conf = with_lora(
-        config(
-            max_steps=4,
-            save_steps=2,
-            learning_rate=1e-2,
-            muon_ratio=None,
-            max_grad_norm=0.5,
-            beta=0.5,
-            gradient_checkpointing=True,
-        )
-    )
+    conf = with_lora(config(**CLIPPED_WITH_KL, gradient_checkpointing=True))
     in_two_ranks(train_in_rank, sharded(conf), folder, tmp_path)
     one = Run(folder, tmp_path / "one", conf, num_groups=4).train()
     straight, metrics = torch.load(tmp_path / "straight.pt")

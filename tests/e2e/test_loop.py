@@ -460,18 +460,23 @@ def test_a_killed_learner_goes_on_from_its_checkpoint_and_so_does_the_sampler(to
 HANGS = ("grpo.max_steps=4", "grpo.save_steps=1", "ray.learner_timeout_s=20")
 
 
+def stop_the_learner(root):
+    """Its process, once it has trained two steps; returns which that is."""
+    wait_for(lambda: num_logged(root) >= 2)
+    [pid] = train_worker_pids()
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
 @pytest.fixture(scope="module")
 def hung(prepared, generator, tmp_path_factory):
     """The learner's process stops without ending; whose it was."""
     pids = []
-
-    def stop_the_learner(root, _):
-        wait_for(lambda: num_logged(root) >= 2)
-        pids.extend(train_worker_pids())
-        os.kill(pids[0], signal.SIGSTOP)
-
     root = tmp_path_factory.mktemp("hung") / "run"
-    return run_loop(prepared, root, generator, *HANGS, meanwhile=stop_the_learner), pids
+    outcome = run_loop(
+        prepared, root, generator, *HANGS, meanwhile=lambda *_: pids.append(stop_the_learner(root))
+    )
+    return outcome, pids
 
 
 def test_a_learner_that_hangs_is_replaced_and_goes_on_to_the_last_step(hung):
@@ -486,13 +491,12 @@ def test_a_learner_that_hangs_is_gone_afterwards(hung):
 
 
 def test_a_learner_that_hangs_too_often_ends_the_run_with_the_cause(prepared, generator, tmp_path):
-    def stop_the_learner(root, _):
-        wait_for(lambda: num_logged(root) >= 2)
-        os.kill(train_worker_pids()[0], signal.SIGSTOP)
-
-    never = "ray.max_failures=0"
     outcome = run_loop(
-        prepared, tmp_path / "run", generator, *HANGS, never, meanwhile=stop_the_learner
+        prepared,
+        tmp_path / "run",
+        generator,
+        *(*HANGS, "ray.max_failures=0"),
+        meanwhile=lambda root, _: stop_the_learner(root),
     )
     assert isinstance(outcome.error, LearnerError)
     assert "published nothing for 20 s, 1 times" in str(outcome.error)
