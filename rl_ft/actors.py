@@ -8,9 +8,11 @@ them and the learner. The adapters at the top make generators look like what `rl
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from envs import dialect
 from envs.scenario import expand
@@ -26,19 +29,23 @@ from envs.types import Decision
 from rl_ft.admission import Admission
 from rl_ft.asking import Render
 from rl_ft.buffer import GroupBuffer
-from rl_ft.cluster import Places, engine_gpus, on_this_node
+from rl_ft.cluster import Places, engine_gpus, on_this_node, require_whole_gpus
 from rl_ft.config import Config
 from rl_ft.crew import Post, RemoteWorlds, Samplers
 from rl_ft.dataset import read_states
 from rl_ft.lookup import LookupPool
+from rl_ft.meeting import Offer
 from rl_ft.monitor import GIB, LoadSampler
-from rl_ft.parity import MismatchGate, ParityError
 from rl_ft.series import ENGINE, WORLDS
 from rl_ft.sinks import REFRESH_S
 from rl_ft.types import Completion, RolloutGroup, WeightsRef
 from rl_ft.worlds import WorldPool, shares
 
+log = logging.getLogger(__name__)
+
 SEEDS_APART = 1_000_003
+JOIN_S = 300.0
+"""For the learner and the other engines to come to where weights are handed over."""
 
 
 class RemoteGenerate:
@@ -132,11 +139,13 @@ class WorldService(WorldPool):
 
 
 class GeneratorService:
-    """The sampler behind an actor: it fetches published weights by itself."""
+    """The sampler behind an actor: it fetches published weights by itself, or is sent them."""
 
-    def __init__(self, model_path: str, config: Config, seed: int) -> None:
+    def __init__(self, model_path: str, config: Config, seed: int, seat: int = 0) -> None:
         from rl_ft.generation import Generator
 
+        self._seat, self._name = seat, uuid.uuid4().hex
+        self._group: tuple[object, ...] = ()
         self._generator = Generator(model_path, config=config, seed=seed)
         if config.generation.tensor_parallel_size > 1:
             threading.Thread(target=self._end_with_the_engine, name="death", daemon=True).start()
@@ -152,8 +161,32 @@ class GeneratorService:
         """Answer with a published version from now on; returns it."""
         from rl_ft.weights import fetch
 
-        self._generator.load_weights(fetch(ref, ray.get), ref.version)
+        if ref.offer is None or not self._receive(ref.offer, ref.version):
+            self._generator.load_weights(fetch(ref, ray.get), ref.version)
         return self._generator.version
+
+    def _receive(self, offer: Offer, version: int) -> bool:
+        """Whether the learner itself has sent the version, to this engine and all others."""
+        from rl_ft.weights import WeightsError
+
+        try:
+            members = ray.get(offer.meeting.join.remote(version, self._seat, self._name, JOIN_S))
+        except RayActorError:  # the learner is gone, and with it what it owned
+            return False
+        if members is None:
+            return False
+        group = (offer.group, *members)
+        try:
+            came = self._generator.receive_weights(
+                offer, version, seat=self._seat, num_seats=len(members), anew=group != self._group
+            )
+        except WeightsError:
+            raise
+        except Exception:
+            log.exception("version %d did not come, and this engine is lost", version)
+            os._exit(1)
+        self._group = group if came else ()
+        return came
 
     def load_folder(self, model_path: str) -> None:
         """Answer with the weights of a model folder of the same architecture, as version 0."""
@@ -219,60 +252,12 @@ class BufferService(GroupBuffer):
         await self.publish(replace(ref, payload=ray.put(ref.payload)))
 
 
-class LearnerLink:
-    """What the learner is given: picklable callables around the buffer.
-
-    `fetch` waits for groups, but never for a driver that is gone.
-    """
-
-    WAIT_S = 3600.0
-    """Before a step's groups there may be a check in the closed loop."""
-
-    def __init__(self, buffer: Any, gate: MismatchGate, *, base: str | None = None) -> None:
-        self._buffer = buffer
-        self._gate = gate
-        self._base = base
-
-    def check(self, step: int, mismatch: float, staleness: int) -> None:
-        """The gate before every update; the loop finds the cause of a breach."""
-        try:
-            self._gate.observe(step, mismatch, staleness)
-        except ParityError as breach:
-            ray.get(self._buffer.refuse.remote(step, breach.detail))
-            raise
-
-    def fetch(self, step: int) -> tuple[RolloutGroup, ...]:
-        """The groups of an optimiser step.
-
-        Raises:
-            TrainingEnded: there is to be no such step.
-        """
-        groups = ray.get(self._buffer.get_groups.remote(step, self.WAIT_S))
-        if groups is None:
-            raise TimeoutError(f"no groups for step {step} within {self.WAIT_S:g} s")
-        return groups
-
-    def publish(self, state_dict: dict[str, Any], version: int) -> None:
-        """A new version of the weights."""
-        from rl_ft.weights import publish
-
-        ref = publish(state_dict, version, lambda arrays: arrays, base=self._base)
-        ray.get(self._buffer.keep.remote(ref))
-
-    def report(self, step: int, values: dict[str, float]) -> None:
-        """Metrics of a finished step."""
-        ray.get(self._buffer.report.remote(step, values))
-
-    def await_record(self, step: int) -> None:
-        """Until the metrics of a finished step are on disk."""
-        if not ray.get(self._buffer.recorded.remote(step, self.WAIT_S)):
-            raise TimeoutError(f"step {step} was not recorded within {self.WAIT_S:g} s")
-
-
 def start_actors(
     config: Config, model_path: str, data: Path
 ) -> tuple[list[RemoteWorlds], Samplers]:
     """World actors and generators, with the resources the configuration declares."""
+    if config.ray.weight_transport == "nccl":
+        require_whole_gpus(config.num_gpu_holders)
     generators = start_generators(config, model_path, num_others=config.ray.num_learners)
     return start_worlds(config, data), generators
 
@@ -300,8 +285,8 @@ def start_generators(config: Config, model_path: str, *, num_others: int = 0) ->
         for i in range(num)
     ]
     starts = [
-        lambda _, option=option: option.remote(model_path, config, config.seed)
-        for option in options
+        lambda _, seat=seat: options[seat].remote(model_path, config, config.seed, seat)
+        for seat in range(num)
     ]
     return Samplers(
         starts,

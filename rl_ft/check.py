@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REFERENCE = "max_pressure"
+INVALID_S = 100.0
+"""What it adds to the delay if every answer is invalid: max-pressure drove, and its delay is no
+result."""
 
 Play = Callable[[OnPlayed], Iterator[Episode]]
 
@@ -62,15 +65,21 @@ class Check:
             invalid_share=sum(episode.fallbacks for episode in played) / max(1, num_decisions),
         )
 
+    @property
+    def charged_delay_s(self) -> float:
+        """The delay, and what invalid answers add to it."""
+        return self.delay_s + INVALID_S * self.invalid_share
+
     def beats(self, other: Check, *, by_s: float) -> bool:
-        """Fewer gridlocks; with as many, less delay by more than `by_s`."""
+        """Fewer gridlocks; with as many, less `charged_delay_s` by more than `by_s`."""
         if self.gridlocks != other.gridlocks:
             return self.gridlocks < other.gridlocks
-        return self.delay_s < other.delay_s - by_s
+        return self.charged_delay_s < other.charged_delay_s - by_s
 
     def __str__(self) -> str:
         jams = f" with {self.gridlocks} gridlocks" if self.gridlocks else ""
-        return f"{self.delay_s:.1f} s{jams}"
+        invalid = f", {self.invalid_share:.0%} invalid" if self.invalid_share >= 0.005 else ""
+        return f"{self.delay_s:.1f} s{jams}{invalid}"
 
 
 class Checks:
@@ -247,13 +256,17 @@ def read_checks(root: Path, start: str) -> dict[int, Check]:
 
 
 def read_left(root: Path, start: str) -> Check | None:
-    """How the model drove that a start was left with; None before it is done, or unchecked."""
+    """How the model drove that training has made; None before it is done, or unchecked.
+
+    Where the start itself was left, nothing drove better, this is the mean of what came after it:
+    of different settings, the start says nothing.
+    """
     file = root / "metrics.json"
     summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     found = summary.get(f"check/{start}")
     if found is None:
         return None
-    return _read(found, "mean_" if found["left"] == "mean" else "best_")
+    return _read(found, "mean_" if found["left"] in ("mean", "step 0") else "best_")
 
 
 class _Stopped(Exception):  # noqa: N818 - nobody sees it

@@ -55,10 +55,14 @@ Recipe = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="KEY.PATH=VALUE",
+        help="Override one key; may be repeated. `rl-ft recipes smoke --all` lists the keys.",
+    ),
 ]
 Out = Annotated[Path | None, typer.Option(help="Run folder; default: runs/RECIPE.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was started.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what was started.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of data, model and training.")]
 
 
@@ -71,7 +75,7 @@ def main() -> None:
 
     keep_interrupts()
     try:
-        app()
+        app(prog_name="rl-ft")
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except Exception as error:
@@ -271,6 +275,9 @@ def scenarios(
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show what this one changes.")] = None,
+    every_key: Annotated[
+        bool, typer.Option("--all", help="Every key that --set knows, not only those.")
+    ] = False,
 ) -> None:
     """List the shipped recipes, or show what one changes from the defaults."""
     from rl_ft.listing import list_recipes, show_recipe
@@ -278,7 +285,7 @@ def recipes(
     if name is None:
         list_recipes(_console())
     else:
-        show_recipe(_console(), name)
+        show_recipe(_console(), name, every_key=every_key)
 
 
 def _stage(stage: str, folder: RunFolder) -> None:

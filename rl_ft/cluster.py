@@ -66,6 +66,19 @@ def engine_gpus(num_engines: int, size: int, *, num_others: int = 0) -> float:
     return size * share
 
 
+def require_whole_gpus(num_holders: int) -> None:
+    """What NCCL wants: it connects no two processes on one GPU.
+
+    Raises:
+        UserError: the running session has fewer.
+    """
+    if gpu_share(num_holders) < 1:
+        raise UserError(
+            "ray.weight_transport=nccl: expected a GPU for every learner and every process of an "
+            f"engine, {num_holders} in all, but the cluster has fewer; object_store lets them share"
+        )
+
+
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
     """Connected to Ray inside; a session that is already open is used and left open.

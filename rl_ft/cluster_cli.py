@@ -24,6 +24,7 @@ LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 
 @cluster.command(context_settings={"allow_interspersed_args": False})
 def submit(
+    context: typer.Context,
     command: Annotated[
         list[str] | None, typer.Argument(metavar="-- COMMAND", help="Any command of rl-ft.")
     ] = None,
@@ -61,8 +62,9 @@ def submit(
     if follow and command:
         raise UserError("--follow looks at a job that is there; leave the command out")
     if not follow:
+        known = context.parent.command.list_commands(context.parent)
         job = Job(
-            arguments=rl_ft_arguments(command or []),
+            arguments=rl_ft_arguments(command or [], known),
             storage=str((storage or Path()).absolute()),
             python=python,
             pip=pip,

@@ -100,6 +100,7 @@ def evaluate_cli(
     out.mkdir(parents=True, exist_ok=True)
     with take_lock(out, out), run_log(out / "run.log"):
         played = Played(file)
+        num_before = len(played)
         for name in policies:
             for scenario in splits:
                 played.begin(name, scenario, signature(config, named.get(name), scenario))
@@ -119,6 +120,8 @@ def evaluate_cli(
             raise
         write_atomically(out / "results.json", json.dumps(results, indent=1))
     print_table(results)
+    new = len(played) - num_before
+    print(f"{out / 'results.json'}; episodes played: {new} now, {num_before} before")
 
 
 def evaluate(
@@ -284,7 +287,11 @@ def print_table(results: dict[str, Any]) -> None:
     differences = {
         (c["policy"], c["scenario"]): c for c in results["comparisons"] if c["versus"] == baseline
     }
-    table = Table(title=f"Delay per vehicle in s; differences to {baseline}, 95 % interval")
+    seeds = " to ".join(str(n) for n in sorted({row["n"] for row in results["summary"]}))
+    title = f"Delay per vehicle in s over {seeds} seeds"
+    if differences:
+        title += f"; differences to {baseline}, 95 % interval"
+    table = Table(title=title)
     table.add_column("scenario", overflow="fold")
     table.add_column("policy", overflow="fold")
     for heading in ("median", "mean", f"vs {baseline}", "gridlock", "arrived", "invalid"):

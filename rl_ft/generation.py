@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,15 +16,18 @@ from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
 from rl_ft.config import Config
+from rl_ft.meeting import Offer
 from rl_ft.render import Renderer
 from rl_ft.series import ENGINE
 from rl_ft.types import Completion
-from rl_ft.weights import check_complete, checkpoint_shapes
+from rl_ft.weights import WeightsError, check_complete, checkpoint_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm import SamplingParams
     from vllm.outputs import CompletionOutput
+
+log = logging.getLogger(__name__)
 
 CPU_BLOCK_SIZE = 32
 """Tokens per block of the prefix cache; the default of 128 would share nothing of a short prompt
@@ -44,6 +48,7 @@ class Generator:
         self._renderer = Renderer(model_path, max_prompt_length=config.model.max_prompt_length)
         self._reproducible = config.generation.reproducible
         self._seed = seed
+        self._num_processes = config.generation.tensor_parallel_size
         self._num_calls = 0
         self.version = 0
         _set_environment()
@@ -107,6 +112,58 @@ class Generator:
         self._reload(state_dict)
         self.reset_prefix_cache()
         self.version = version
+
+    def receive_weights(
+        self, offer: Offer, version: int, *, seat: int, num_seats: int, anew: bool
+    ) -> bool:
+        """Answer with what a learner broadcasts to the engines in all seats (`rl_ft.transfer`);
+        `anew` makes the group of them first. False if one of the others is gone: only a part may
+        have come, load all of it before anything is asked.
+
+        Raises:
+            WeightsError: what came is not what was sent.
+            RuntimeError: as where it returns False, in an engine of several processes, which does
+                not survive it.
+        """
+        check_complete(dict(zip(offer.names, offer.shapes, strict=True)), self._shapes)
+        try:
+            self._receive(offer, seat=seat, num_seats=num_seats, anew=anew)
+        except Exception:
+            if self._num_processes > 1:
+                raise
+            log.warning("version %d did not come", version, exc_info=True)
+            self._llm.collective_rpc("abandon_weight_update")
+            return False
+        sent = dict(zip(offer.names, offer.sums, strict=True))
+        for came in self._llm.collective_rpc("received_sums"):
+            if wrong := [name for name in sent if came.get(name) != sent[name]]:
+                raise WeightsError(
+                    f"weights version {version} arrived altered: {len(wrong)} of {len(sent)} "
+                    f"tensors, {wrong[0]} first"
+                )
+        self.reset_prefix_cache()
+        self.version = version
+        return True
+
+    def _receive(self, offer: Offer, *, seat: int, num_seats: int, anew: bool) -> None:
+        if anew:
+            group = {
+                "master_address": offer.host,
+                "master_port": offer.port,
+                "rank_offset": 1 + seat * self._num_processes,
+                "world_size": 1 + num_seats * self._num_processes,
+                "packed": True,
+            }
+            self._llm.collective_rpc("shutdown_weight_transfer_engine")
+            self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": group})
+        coming = {
+            "names": list(offer.names),
+            "dtype_names": list(offer.dtypes),
+            "shapes": [list(shape) for shape in offer.shapes],
+        }
+        self._llm.collective_rpc("start_weight_update")
+        self._llm.collective_rpc("update_weights", kwargs={"update_info": coming})
+        self._llm.collective_rpc("finish_weight_update")
 
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of earlier prompts: they belong to the weights they saw."""
@@ -210,6 +267,11 @@ def _engine_settings(config: Config, *, cuda: bool) -> dict[str, object]:
         "max_num_seqs": generation.max_num_seqs,
         "tensor_parallel_size": generation.tensor_parallel_size,
     }
+    if config.ray.weight_transport in ("nccl", "gloo"):
+        settings |= {
+            "weight_transfer_config": {"backend": f"rl_ft_{config.ray.weight_transport}"},
+            "worker_extension_cls": "rl_ft.receiving.Receiver",
+        }
     if generation.tensor_parallel_size > 1:
         # In a Ray actor with a placement group vLLM would start actors of its own, elsewhere.
         settings["distributed_executor_backend"] = "mp"

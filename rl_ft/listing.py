@@ -17,7 +17,7 @@ from envs.scenario import load_scenario, scenario_names
 from envs.types import Decision, JunctionSpec, Phase, Scenario
 from envs.world import World
 from rl_ft.config import Config
-from rl_ft.recipe import differences, load_config, recipe_names
+from rl_ft.recipe import differences, flatten, load_config, recipe_names
 from rl_ft.replay import Replayed
 
 _KINDS = (
@@ -83,10 +83,14 @@ def list_recipes(console: Console) -> None:
     console.print("`rl-ft recipes NAME` shows what a recipe changes")
 
 
-def show_recipe(console: Console, name: str) -> None:
-    """What a recipe changes from the defaults."""
+def show_recipe(console: Console, name: str, *, every_key: bool = False) -> None:
+    """What a recipe changes from the defaults, or every key."""
     table = Table("key", "default", "recipe", title=f"recipe {name}")
-    for key, (default, value) in differences(Config(), load_config(name)).items():
+    defaults = Config()
+    changed = differences(defaults, load_config(name))
+    same = flatten(defaults.model_dump(mode="json")) if every_key else {}
+    shown = {key: (value, "") for key, value in same.items()} | changed
+    for key, (default, value) in shown.items():
         table.add_row(key, str(default), str(value))
     console.print(table)
 

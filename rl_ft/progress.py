@@ -113,7 +113,7 @@ class Progress:
                 parts.append(f"{_amount(self.done)} of {_amount(self.total)} {self._unit}")
             speed = self._speed()
             if speed is None or self.total is None:
-                parts.append(f"for {_duration(self._clock() - self._started)}")
+                parts.append(f"{_duration(self._clock() - self._started)} so far")
             else:
                 left_s = (self.total - self.done) / speed - (self._clock() - self._updated)
                 parts += [f"{_duration(max(0.0, left_s))} left", f"{speed:.2g} {self._unit}/s"]

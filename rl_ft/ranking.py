@@ -55,18 +55,20 @@ def print_ranking(sweep: SweepFolder, ranked: Sequence[Outcome]) -> None:
     from rich.table import Table
 
     table = Table(title="Trials by mean delay per vehicle in the closed loop")
+    table.caption = "counts as: the delay, and what gridlocks and invalid answers add to it"
     table.add_column("trial")
-    for heading in ("delay", "gridlocks", "invalid", "step"):
+    for heading in ("counts as", "delay", "gridlocks", "invalid", "step"):
         table.add_column(heading, justify="right")
     for key in sweep.swept_keys:
         table.add_column(key, justify="right")
     table.add_column("ending")
     for outcome in ranked:
         result = outcome.result
-        measured = ("", "", "")
+        measured = ("", "", "", "")
         if result is not None:
             share = f"{result.invalid_share:.1%}"
-            measured = (f"{result.delay_s:.1f} s", str(result.gridlocks), share)
+            objective = f"{objective_s(result):.1f} s"
+            measured = (objective, f"{result.delay_s:.1f} s", str(result.gridlocks), share)
         settings = [str(outcome.trial.settings[key]) for key in sweep.swept_keys]
         ending = outcome.ending or outcome.state
         table.add_row(outcome.trial.name, *measured, str(outcome.step), *settings, ending)

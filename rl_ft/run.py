@@ -348,14 +348,14 @@ class GrpoLoop:
             log.info("%s: trainer and sampler agree: %s", self._stage, report)
 
     def _start_learner(self) -> RemoteLearner:
-        from rl_ft.actors import LearnerLink
         from rl_ft.learner import RemoteLearner, TrainConfig
+        from rl_ft.link import LearnerLink
 
         parity = self._config.parity
         gate = MismatchGate(parity.max_logprob_diff, stale_bound=parity.max_stale_logprob_diff)
         adapter_only = self._config.ray.weight_transport == "adapter"
         base = self._model_path if adapter_only else None
-        link = LearnerLink(self._buffer, gate, base=base)
+        link = LearnerLink(self._buffer, gate, self._config, base=base)
         train_config = TrainConfig(
             config=self._config.model_dump(mode="json"),
             model_path=self._model_path,

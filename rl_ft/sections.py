@@ -342,9 +342,12 @@ class RayConfig(Section):
     cpus_per_learner: float = 1.0
     placement_strategy: Literal["PACK", "SPREAD"] = "PACK"
     """Whether actors and ranks share nodes as far as they fit, or lie on as many as there are."""
-    weight_transport: Literal["object_store", "adapter"] = "object_store"
-    """What samplers are sent after every step: all weights; or, of a run with `model.lora`, the
-    adapter alone, which they merge into the start's weights (`sft/`, on a disk that they see)."""
+    weight_transport: Literal["object_store", "adapter", "nccl", "gloo"] = "object_store"
+    """What samplers are sent after every step, and how: all weights by Ray's object store; or, of a
+    run with `model.lora`, the adapter alone, which they merge into the start's weights (`sft/`, on
+    a disk that they see). `nccl` broadcasts all weights from the learner's GPU to those of the
+    engines, by vLLM's weight transfer; `gloo` does the same between processes without a GPU.
+    Either way the object store gets a copy, for checks and for engines that are replaced."""
     max_failures: int = Field(3, ge=0)
     """How often an actor, or the group of learners, may die or stop answering and be replaced."""
     learner_timeout_s: float = Field(1800.0, gt=0)

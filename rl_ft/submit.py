@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from envs.errors import UserError
 from rl_ft.environment import STORAGE, VERSIONS, installed_versions
+from rl_ft.recipe import nearest
 from rl_ft.run_folder import git_commit
 from rl_ft.source import pack, requirements
 
@@ -103,11 +104,11 @@ class Job:
         return found
 
 
-def rl_ft_arguments(command: Sequence[str]) -> tuple[str, ...]:
+def rl_ft_arguments(command: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     """The arguments of `rl-ft` in what came after `--`; a leading `rl-ft` is dropped.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or they are for none of the `known` commands.
     """
     arguments = tuple(command[1:] if command[:1] == ["rl-ft"] else command)
     if not arguments:
@@ -115,6 +116,9 @@ def rl_ft_arguments(command: Sequence[str]) -> tuple[str, ...]:
             "expected a command of rl-ft after --, such as: "
             "rl-ft submit -- run --recipe smoke --out runs/job"
         )
+    if not arguments[0].startswith("-") and arguments[0] not in known:
+        hint = nearest(arguments[0], known)
+        raise UserError(f"expected a command of rl-ft after --, got {arguments[0]}{hint}")
     return arguments
 
 
@@ -213,7 +217,8 @@ class Cluster:
             if lost > RECONNECTS:
                 raise JobError(
                     f"lost {job_id}: {self.address} did not answer {lost} times ({why}); "
-                    f"if the cluster lives, {self.instructions(job_id)}"
+                    f"if the cluster lives, {self.instructions(job_id)}; if it does not, start "
+                    "one and go on with: rl-ft submit -- run --out THE_SAME --resume"
                 )
             await asyncio.sleep(lost)
 
@@ -323,7 +328,10 @@ def exit_status(job_id: str, info: JobDetails) -> int:
         raise JobError(f"{job_id} was stopped before it was done")
     if code is None:
         cause = " ".join((info.message or "no message").split())
-        raise JobError(f"{job_id} died, {info.error_type}: {cause[:600]}")
+        raise JobError(
+            f"{job_id} died, {info.error_type}: {cause[:600]}; a run goes on from where it was "
+            "with: rl-ft submit -- run --out THE_SAME --resume"
+        )
     if code < 0:
         name = signal.Signals(-code).name
         hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""

@@ -34,8 +34,6 @@ STOPPED = "stopped"
 
 GRIDLOCK_S = 10_000.0
 """What a gridlock adds to the delay: no delay is as bad."""
-INVALID_S = 100.0
-"""What it adds if every answer is invalid: max-pressure drove, and its delay is no result."""
 
 POLL_S = 2.0
 
@@ -58,7 +56,7 @@ class Outcome:
     checks: Mapping[int, Check]
     """By step."""
     left: Check | None
-    """How the model drives that it was left with; None unless it is finished."""
+    """How the model drives that its training has made; None unless it is finished."""
 
     @property
     def step(self) -> int:
@@ -75,7 +73,7 @@ class Outcome:
 
 def objective_s(check: Check) -> float:
     """What a sweep minimises: delay; gridlocks and invalid answers make it longer."""
-    return check.delay_s + GRIDLOCK_S * check.gridlocks + INVALID_S * check.invalid_share
+    return check.charged_delay_s + GRIDLOCK_S * check.gridlocks
 
 
 def run_trial(sweep: SweepFolder, trial: Trial, on_check: OnCheck) -> None:

@@ -6,6 +6,10 @@ They hold plain Python values (ids, floats, text), so they travel through Ray as
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rl_ft.meeting import Offer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +72,8 @@ class WeightsRef:
     payload: object
     base: str | None = None
     """What travels is an adapter of the model in this folder; None: it is the whole model."""
+    offer: Offer | None = None
+    """Where the learner hands it over directly; None: it does not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

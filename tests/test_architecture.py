@@ -49,7 +49,7 @@ OWNERS = {
     "trl": {"rl_ft.sft", "rl_ft.learner", "rl_ft.trainer"},
     "peft": {"rl_ft.adapter", "rl_ft.merging", "rl_ft.trainer"},
     "datasets": {"rl_ft.sft", "rl_ft.trainer"},
-    "vllm": {"rl_ft.generation"},
+    "vllm": {"rl_ft.generation", "rl_ft.transfer", "rl_ft.receiving"},
     "torch": {
         "rl_ft.adapter",
         "rl_ft.merging",
@@ -66,9 +66,12 @@ OWNERS = {
         "rl_ft.step_sums",
         "rl_ft.parity",
         "rl_ft.doctor",
+        "rl_ft.transfer",
+        "rl_ft.receiving",
     },
     "ray": {
         "rl_ft.cluster",
+        "rl_ft.link",
         "rl_ft.actors",
         "rl_ft.crew",
         "rl_ft.learner",

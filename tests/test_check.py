@@ -17,7 +17,7 @@ from envs.controllers import CONTROLLERS
 from envs.errors import WorldError
 from envs.types import Action
 from rl_ft.check import Check, Checks, read_checks, read_left
-from rl_ft.monitor import MetricLog, read_metrics
+from rl_ft.monitor import MetricLog, read_metrics, write_summary
 from rl_ft.recipe import load_config
 from rl_ft.run_folder import RunFolder
 from rl_ft.types import Completion
@@ -31,8 +31,10 @@ SETTINGS = (
 )
 
 
-def check(delay_s: float, gridlocks: int = 0) -> Check:
-    return Check(delay_s=delay_s, gridlocks=gridlocks, scenario_delay_s={})
+def check(delay_s: float, gridlocks: int = 0, invalid_share: float = 0.0) -> Check:
+    return Check(
+        delay_s=delay_s, gridlocks=gridlocks, scenario_delay_s={}, invalid_share=invalid_share
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,13 @@ def check(delay_s: float, gridlocks: int = 0) -> Check:
 )
 def test_a_gridlock_is_worse_than_any_delay(one, other, better):
     assert one.beats(other, by_s=0.1) is better
+
+
+def test_a_policy_for_which_max_pressure_drove_is_no_better_than_one_that_drives_itself():
+    silent, driving = check(10.7, invalid_share=1.0), check(29.1)
+    assert driving.beats(silent, by_s=1.0)
+    assert not silent.beats(driving, by_s=1.0)
+    assert str(silent) == "10.7 s, 100% invalid"
 
 
 class Driver:
@@ -196,6 +205,17 @@ def test_what_is_left_is_read_back(stage):
     assert read_left(stage.root, START).delay_s == stage.lines()[10]["check/delay_s"]
     choice(stage, "random")
     assert read_left(stage.root, START) == read_checks(stage.root, START)[10]
+
+
+@pytest.mark.parametrize(("left", "delay_s"), [("mean", 20.0), ("step 10", 12.0), ("step 0", 20.0)])
+def test_a_start_that_was_left_says_nothing_of_the_training(tmp_path, left, delay_s):
+    found = {
+        f"{which}_{figure}": value
+        for which, delay in (("mean", 20.0), ("best", 12.0))
+        for figure, value in (("delay_s", delay), ("gridlocks", 0), ("invalid_share", 0.0))
+    }
+    write_summary(tmp_path, STAGE, {"left": left, **found})
+    assert read_left(tmp_path, START).delay_s == delay_s
 
 
 # ---- resume

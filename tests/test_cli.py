@@ -262,7 +262,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
 
 
 def test_ctrl_c_outside_a_run_has_status_130(monkeypatch, capsys):
-    def interrupted():
+    def interrupted(prog_name):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "app", interrupted)

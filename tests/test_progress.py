@@ -37,7 +37,7 @@ def steps(clock, total=300) -> Progress:
 def test_before_the_first_report_it_tells_how_long_it_has_been(clock):
     shown = steps(clock)
     clock.now_s += 75
-    assert shown.status() == "0 of 300 steps, for 1:15"
+    assert shown.status() == "0 of 300 steps, 1:15 so far"
 
 
 def test_speed_and_time_left_count_from_the_first_report(clock):
@@ -125,7 +125,7 @@ def wait_for_a_line(caplog) -> str:
 
 def test_without_a_terminal_silence_is_broken_by_a_log_line(impatient):
     with Progress("sft", total=60, unit="steps"):
-        assert wait_for_a_line(impatient).startswith("sft: 0 of 60 steps, for 0:00")
+        assert wait_for_a_line(impatient).startswith("sft: 0 of 60 steps, 0:00 so far")
 
 
 def test_what_another_process_writes_is_polled(impatient):

@@ -117,15 +117,27 @@ def submit_limit():
     return GCS_STORAGE_MAX_SIZE
 
 
+KNOWN = ("run", "doctor")
+
+
 def test_a_leading_rl_ft_is_dropped():
-    assert rl_ft_arguments(["rl-ft", "run", "--out", "x"]) == ("run", "--out", "x")
-    assert rl_ft_arguments(["run", "rl-ft"]) == ("run", "rl-ft")
+    assert rl_ft_arguments(["rl-ft", "run", "--out", "x"], KNOWN) == ("run", "--out", "x")
+    assert rl_ft_arguments(["run", "rl-ft"], KNOWN) == ("run", "rl-ft")
+
+
+def test_options_of_rl_ft_itself_are_handed_on():
+    assert rl_ft_arguments(["--help"], KNOWN) == ("--help",)
+
+
+def test_a_command_that_there_is_not_starts_no_job():
+    with pytest.raises(UserError, match=r"got runn; did you mean run\?"):
+        rl_ft_arguments(["runn", "--out", "x"], KNOWN)
 
 
 @pytest.mark.parametrize("command", [[], ["rl-ft"]])
 def test_no_command_is_an_error(command):
     with pytest.raises(UserError, match="expected a command of rl-ft after --"):
-        rl_ft_arguments(command)
+        rl_ft_arguments(command, KNOWN)
 
 
 def test_the_shell_hands_arguments_on_as_they_are():

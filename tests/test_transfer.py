@@ -1,0 +1,195 @@
+"""Weights that a learner broadcasts to the engines, by gloo: what arrives, and what if it does not.
+
+NCCL differs in what carries the tensors, and is tested where there are GPUs for it.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rl_ft.config import Config
+from rl_ft.generation import Generator
+from rl_ft.meeting import Offer
+from rl_ft.sections import TinyModelConfig
+from rl_ft.tiny import build_tiny
+from rl_ft.transfer import TransferError, checksum, in_time, open_group
+from rl_ft.weights import WeightsError, read_folder
+
+SIZE = TinyModelConfig(
+    hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=2
+)
+LIMIT_S = 60.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8])
+def test_a_checksum_sees_any_bit(dtype):
+    ones = torch.ones(3, 5, dtype=dtype)
+    other = ones.clone()
+    other.view(torch.uint8)[1, 2] ^= 1
+    assert checksum(ones) == checksum(ones.clone())
+    assert checksum(ones) != checksum(other)
+
+
+def test_a_checksum_does_not_depend_on_how_a_tensor_lies_in_memory():
+    tensor = torch.randn(4, 6)
+    assert checksum(tensor.t().contiguous().t()) == checksum(tensor)
+
+
+def test_what_hangs_ends_with_its_name():
+    with pytest.raises(TransferError, match=r"not done within 0\.05 s"):
+        in_time(threading.Event().wait, 0.05)
+
+
+def test_what_fails_in_time_fails_as_itself():
+    def fail() -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        in_time(fail, LIMIT_S)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return str(build_tiny(tmp_path_factory.mktemp("tiny"), config=SIZE, seed=1))
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory) -> dict[str, torch.Tensor]:
+    return read_folder(build_tiny(tmp_path_factory.mktemp("changed"), config=SIZE, seed=2))
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+def engine(folder, request):
+    if torch.cuda.is_available():
+        pytest.skip("where there are GPUs, they are sent weights by NCCL")
+    config = Config.model_validate(
+        {
+            "model": {"max_prompt_length": 200},
+            "generation": {
+                "max_model_len": 256,
+                "kv_cache_gib": 0.25,
+                "tensor_parallel_size": request.param,
+            },
+            "ray": {"weight_transport": "gloo", "cpus_per_generator": 0.5},
+        }
+    )
+    engine = Generator(folder, config=config, seed=1)
+    yield engine
+    engine.close()
+
+
+def answers(engine: Generator) -> list[object]:
+    rng = random.Random(0)
+    prompts = [[rng.randrange(300, 700) for _ in range(90)] for _ in range(6)]
+    rows = engine.generate(prompts, num_samples=1, max_tokens=6, temperature=0.0)
+    return [(row[0].token_ids, row[0].logprobs) for row in rows]
+
+
+def offer_of(tensors: dict[str, torch.Tensor]) -> Offer:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return Offer(
+        meeting=None,
+        group="one",
+        host="127.0.0.1",
+        port=port,
+        names=tuple(tensors),
+        dtypes=tuple(str(t.dtype).removeprefix("torch.") for t in tensors.values()),
+        shapes=tuple(tuple(t.shape) for t in tensors.values()),
+        sums=tuple(map(checksum, tensors.values())),
+    )
+
+
+class Learner:
+    """A sender in a thread of this process."""
+
+    def __init__(self, engine: Generator, offer: Offer) -> None:
+        self.num = engine._num_processes
+        self.offer = offer
+        self.group = None
+
+    def begin(self, tensors: dict[str, torch.Tensor], *, last: bool = False) -> threading.Thread:
+        """Send what there is, and if it is the `last` leave the group."""
+        thread = threading.Thread(target=self._send, args=(tensors, last), daemon=True)
+        thread.start()
+        return thread
+
+    def _send(self, tensors: dict[str, torch.Tensor], last: bool) -> None:
+        if self.group is None:
+            self.group = open_group("gloo", self.offer.host, self.offer.port, self.num)
+        self.group.send(tensors)
+        if last:
+            self.group.close()
+
+
+@pytest.mark.vllm
+def test_an_engine_answers_with_what_it_was_sent_one_version_after_the_other(
+    engine, folder, changed
+):
+    weights = read_folder(folder)
+    wanted = []
+    for version, tensors in enumerate((weights, changed)):
+        engine.load_weights(tensors, version)
+        wanted.append(answers(engine))
+    assert wanted[0] != wanted[1]
+    learner = Learner(engine, offer := offer_of(weights))
+    for version, tensors in enumerate((weights, changed, weights)):
+        thread = learner.begin(tensors)
+        engine.receive_weights(
+            replace(offer, sums=tuple(map(checksum, tensors.values()))),
+            version,
+            seat=0,
+            num_seats=1,
+            anew=version == 0,
+        )
+        thread.join(LIMIT_S)
+        assert answers(engine) == wanted[version % 2]
+        assert engine.version == version
+
+
+@pytest.mark.vllm
+def test_what_came_and_was_not_sent_is_refused(engine, changed):
+    tensors = dict(changed)
+    name = "model.norm.weight"
+    offer = offer_of(tensors)
+    learner = Learner(engine, offer)
+    learner.begin({**tensors, name: tensors[name] + 1})
+    with pytest.raises(WeightsError, match=f"altered: 1 of {len(tensors)} tensors, {name} first"):
+        engine.receive_weights(offer, 7, seat=0, num_seats=1, anew=True)
+    assert engine.version != 7
+
+
+@pytest.mark.vllm
+def test_an_engine_that_was_sent_half_a_version_can_load_a_whole_one(engine, folder, changed):
+    if engine._num_processes > 1:
+        pytest.skip("an engine of several processes does not survive it")
+    engine.load_weights(read_folder(folder), 9)
+    wanted = answers(engine)
+    offer = offer_of(changed)
+    half = dict(list(changed.items())[: len(changed) // 2])
+    Learner(engine, offer).begin(half, last=True)
+    assert not engine.receive_weights(offer, 10, seat=0, num_seats=1, anew=True)
+    engine.load_weights(read_folder(folder), 11)
+    assert answers(engine) == wanted
+    learner = Learner(engine, offer := offer_of(changed))
+    learner.begin(changed)
+    assert engine.receive_weights(offer, 12, seat=0, num_seats=1, anew=True)
+    assert answers(engine) != wanted
+
+
+@pytest.mark.vllm
+def test_an_engine_whose_sender_ends_does_not_wait_for_it(engine, changed):
+    offer = offer_of(changed)
+    Learner(engine, offer).begin({}, last=True)
+    if engine._num_processes == 1:
+        assert not engine.receive_weights(offer, 8, seat=0, num_seats=1, anew=True)
+    else:
+        with pytest.raises(RuntimeError, match=r"(?i)clos|reset|peer"):
+            engine.receive_weights(offer, 8, seat=0, num_seats=1, anew=True)
+    assert engine.version != 8
