@@ -143,19 +143,25 @@ class Sender:
         except Exception:
             # Of an engine that died: the others notice, and fetch it as its successor does.
             log.warning("version %d was not sent, it is fetched", version, exc_info=True)
-            self._members, self._group, self._name = (), None, uuid.uuid4().hex
+            self._leave()
+            self._name = uuid.uuid4().hex
 
     def _broadcast(
         self, state_dict: Mapping[str, Tensor], members: tuple[str, ...], offer: Offer
     ) -> None:
         from rl_ft.transfer import open_group
 
-        if self._group is None or members != self._members:
-            if self._group is not None:
-                self._group.close()
+        if members != self._members:
+            self._leave()
             self._group = open_group(self._backend, offer.host, offer.port, self._num_receivers)
             self._members = members
         self._group.send(state_dict)
+
+    def _leave(self) -> None:
+        """Who still waits in the group notices."""
+        if self._group is not None:
+            self._group.close()
+        self._members, self._group = (), None
 
 
 MeetingActor = ray.remote(num_cpus=0)(Meeting)

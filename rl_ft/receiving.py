@@ -82,9 +82,8 @@ class _Gloo(NCCLWeightTransferEngine):
             self.model.load_weights([(name, tensor.to(self.device))])
 
     def shutdown(self) -> None:
-        if self.model_update_group is not None:
-            self.model_update_group.shutdown()
-            self.model_update_group = None
+        # Its connections end with it.
+        self.model_update_group = None
 
 
 class NcclReceiver(_SummedUp, NCCLWeightTransferEngine):

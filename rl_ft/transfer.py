@@ -59,18 +59,24 @@ def in_time(work: Callable[[], None], limit_s: float) -> None:
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     done: Future[None] = Future()
 
-    def do() -> None:
+    def do(done: Future[None]) -> None:
         try:
             if device is not None:
                 torch.cuda.set_device(device)
             done.set_result(work())
         except BaseException as error:
             done.set_exception(error)
+        finally:
+            del done
 
-    threading.Thread(target=do, name="transfer", daemon=True).start()
+    threading.Thread(target=do, args=(done,), name="transfer", daemon=True).start()
     if not wait([done], limit_s).done:
         raise TransferError(f"it was not done within {limit_s:g} s")
-    done.result()
+    try:
+        done.result()
+    finally:
+        # Else it and an error hold each other, and the group whose end others wait for.
+        del done
 
 
 def gloo_group(host: str, port: int, rank: int, size: int) -> Any:
@@ -91,14 +97,15 @@ def gloo_broadcast(group: Any, tensor: Tensor) -> None:
 
 class _GlooGroup:
     def __init__(self, host: str, port: int, num_receivers: int) -> None:
-        self._group = gloo_group(host, port, 0, 1 + num_receivers)
+        self._group: Any = gloo_group(host, port, 0, 1 + num_receivers)
 
     def send(self, tensors: Mapping[str, Tensor]) -> None:
         for tensor in tensors.values():
             gloo_broadcast(self._group, tensor.detach().cpu().contiguous())
 
     def close(self) -> None:
-        self._group.shutdown()
+        # Its connections end with it.
+        self._group = None
 
 
 class _NcclGroup:

@@ -5,10 +5,13 @@ NCCL differs in what carries the tensors, and is tested where there are GPUs for
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 import threading
+import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -52,6 +55,22 @@ def test_what_fails_in_time_fails_as_itself():
 
     with pytest.raises(KeyError, match="mine"):
         in_time(fail, LIMIT_S)
+
+
+def test_what_failed_holds_nothing_afterwards():
+    class Group:
+        pass
+
+    group = Group()
+    is_there = weakref.ref(group)
+
+    def fail(group: Group) -> None:
+        raise KeyError("mine")
+
+    with contextlib.suppress(KeyError):
+        in_time(partial(fail, group), LIMIT_S)
+    del group
+    assert is_there() is None
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +192,8 @@ def test_an_engine_that_was_sent_half_a_version_can_load_a_whole_one(engine, fol
     wanted = answers(engine)
     offer = offer_of(changed)
     half = dict(list(changed.items())[: len(changed) // 2])
-    Learner(engine, offer).begin(half, last=True)
+    learner = Learner(engine, offer)
+    learner.begin(half, last=True)
     assert not engine.receive_weights(offer, 10, seat=0, num_seats=1, anew=True)
     engine.load_weights(read_folder(folder), 11)
     assert answers(engine) == wanted
@@ -186,7 +206,8 @@ def test_an_engine_that_was_sent_half_a_version_can_load_a_whole_one(engine, fol
 @pytest.mark.vllm
 def test_an_engine_whose_sender_ends_does_not_wait_for_it(engine, changed):
     offer = offer_of(changed)
-    Learner(engine, offer).begin({}, last=True)
+    learner = Learner(engine, offer)
+    learner.begin({}, last=True)
     if engine._num_processes == 1:
         assert not engine.receive_weights(offer, 8, seat=0, num_seats=1, anew=True)
     else:

@@ -27,14 +27,14 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="by gloo, between CPUs"),
 ]
 
-NUM_STEPS = 6
+NUM_STEPS = 7
 SETTINGS = (
     f"grpo.max_steps={NUM_STEPS}",
     "grpo.save_steps=2",
     "grpo.learning_rate=0.003",
     "ray.num_generators=2",
 )
-IDLE, WITHIN, LEARNER = 1, 3, 4
+IDLE, WITHIN, LEARNER = 1, 3, 5
 """After which step an engine is killed, at which version the other one, after which step the
 learner."""
 
@@ -182,6 +182,6 @@ def test_a_run_in_which_engines_and_learner_die_ends_with_the_same_weights(troub
 def test_who_missed_a_version_fetches_it_and_is_then_sent_weights_again(troubled):
     # Of the seat whose engine died, the next one.
     assert troubled.how(WITHIN)[:2] == [False, False]
-    assert troubled.how(WITHIN + 1) == [True, True]
+    assert troubled.how(WITHIN + 1)[:2] == [True, True]
     assert troubled.how(NUM_STEPS)[-2:] == [True, True]
     assert troubled.mismatch() < 1e-4
