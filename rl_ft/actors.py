@@ -33,6 +33,7 @@ from rl_ft.cluster import Places, engine_gpus, on_this_node, require_whole_gpus
 from rl_ft.config import Config
 from rl_ft.crew import Post, RemoteWorlds, Samplers
 from rl_ft.dataset import read_states
+from rl_ft.link import transfer_limit_s
 from rl_ft.lookup import LookupPool
 from rl_ft.meeting import Offer
 from rl_ft.monitor import GIB, LoadSampler
@@ -44,8 +45,6 @@ from rl_ft.worlds import WorldPool, shares
 log = logging.getLogger(__name__)
 
 SEEDS_APART = 1_000_003
-JOIN_S = 300.0
-"""For the learner and the other engines to come to where weights are handed over."""
 
 
 class RemoteGenerate:
@@ -145,6 +144,7 @@ class GeneratorService:
         from rl_ft.generation import Generator
 
         self._seat, self._name = seat, uuid.uuid4().hex
+        self._limit_s = transfer_limit_s(config)
         self._group: tuple[object, ...] = ()
         self._generator = Generator(model_path, config=config, seed=seed)
         if config.generation.tensor_parallel_size > 1:
@@ -157,35 +157,40 @@ class GeneratorService:
         """See `Generator.generate`."""
         return self._generator.generate(prompts, **settings)
 
-    def load(self, ref: WeightsRef) -> int:
-        """Answer with a published version from now on; returns it."""
+    def load(self, ref: WeightsRef) -> bool:
+        """Answer with a published version from now on; whether it was sent rather than fetched."""
         from rl_ft.weights import fetch
 
-        if ref.offer is None or not self._receive(ref.offer, ref.version):
-            self._generator.load_weights(fetch(ref, ray.get), ref.version)
-        return self._generator.version
+        if ref.offer is not None and self._receive(ref.offer, ref.version):
+            return True
+        self._generator.load_weights(fetch(ref, ray.get), ref.version)
+        return False
 
     def _receive(self, offer: Offer, version: int) -> bool:
         """Whether the learner itself has sent the version, to this engine and all others."""
-        from rl_ft.weights import WeightsError
-
+        limit_s, name = self._limit_s, self._name
         try:
-            members = ray.get(offer.meeting.join.remote(version, self._seat, self._name, JOIN_S))
+            place = ray.get(offer.meeting.join.remote(version, self._seat, name, limit_s))
         except RayActorError:  # the learner is gone, and with it what it owned
             return False
-        if members is None:
+        if place is None:
             return False
-        group = (offer.group, *members)
+        group = (offer.group, *place.members)
+        # A broadcast by NCCL need not notice that another one has died.
+        watchdog = threading.Timer(limit_s, os._exit, (1,))
+        watchdog.daemon = True
+        watchdog.start()
         try:
             came = self._generator.receive_weights(
-                offer, version, seat=self._seat, num_seats=len(members), anew=group != self._group
+                offer, place, version, seat=self._seat, anew=group != self._group
             )
-        except WeightsError:
-            raise
         except Exception:
             log.exception("version %d did not come, and this engine is lost", version)
             os._exit(1)
-        self._group = group if came else ()
+        finally:
+            watchdog.cancel()
+        # By another name the sender knows that this one is not in the group any more.
+        self._group, self._name = (group, name) if came else ((), uuid.uuid4().hex)
         return came
 
     def load_folder(self, model_path: str) -> None:

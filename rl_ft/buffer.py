@@ -87,6 +87,10 @@ class GroupBuffer:
             self._ended = True
             self._changed.notify_all()
 
+    async def has_ended(self) -> bool:
+        """Whether no step is wanted beyond those whose groups are here."""
+        return self._ended
+
     async def publish(self, weights: WeightsRef) -> None:
         """A new version is ready for the sampler; or the learner begins, or begins again.
 

@@ -255,18 +255,19 @@ def read_checks(root: Path, start: str) -> dict[int, Check]:
     return {line["step"]: _read(line["values"], "check/") for line in lines}
 
 
-def read_left(root: Path, start: str) -> Check | None:
-    """How the model drove that training has made; None before it is done, or unchecked.
+def read_left(root: Path, start: str, *, but_the_start: bool = False) -> Check | None:
+    """How the model drove that a start was left with; None before it is done, or unchecked.
 
-    Where the start itself was left, nothing drove better, this is the mean of what came after it:
-    of different settings, the start says nothing.
+    With `but_the_start`, where nothing drove better than the start itself and that was left: how
+    the mean of what came after it did.
     """
     file = root / "metrics.json"
     summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     found = summary.get(f"check/{start}")
     if found is None:
         return None
-    return _read(found, "mean_" if found["left"] in ("mean", "step 0") else "best_")
+    is_mean = found["left"] == "mean" or (but_the_start and found["left"] == "step 0")
+    return _read(found, "mean_" if is_mean else "best_")
 
 
 class _Stopped(Exception):  # noqa: N818 - nobody sees it

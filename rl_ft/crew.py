@@ -199,7 +199,10 @@ class Samplers:
     async def load(self, ref: WeightsRef) -> None:
         """Answer with a published version from now on."""
         self._current = ("load", (ref,))
-        await self._insist("load", ref)
+        were_sent = await self._insist("load", ref)
+        if ref.offer is not None and not all(were_sent):
+            num = were_sent.count(False)
+            log.warning("version %d: %d generators fetched it", ref.version, num)
 
     async def load_folder(self, model_path: str) -> None:
         """Answer with the weights of a model folder, as version 0."""

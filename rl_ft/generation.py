@@ -16,11 +16,11 @@ from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
 from rl_ft.config import Config
-from rl_ft.meeting import Offer
+from rl_ft.meeting import Offer, Place
 from rl_ft.render import Renderer
 from rl_ft.series import ENGINE
 from rl_ft.types import Completion
-from rl_ft.weights import WeightsError, check_complete, checkpoint_shapes
+from rl_ft.weights import check_complete, checkpoint_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,20 +114,18 @@ class Generator:
         self.version = version
 
     def receive_weights(
-        self, offer: Offer, version: int, *, seat: int, num_seats: int, anew: bool
+        self, offer: Offer, place: Place, version: int, *, seat: int, anew: bool
     ) -> bool:
         """Answer with what a learner broadcasts to the engines in all seats (`rl_ft.transfer`);
-        `anew` makes the group of them first. False if one of the others is gone: only a part may
-        have come, load all of it before anything is asked.
+        `anew` makes the group of them first. False if it did not come, not all of it, or altered:
+        load it before anything is asked.
 
         Raises:
-            WeightsError: what came is not what was sent.
-            RuntimeError: as where it returns False, in an engine of several processes, which does
-                not survive it.
+            RuntimeError: it did not come, and an engine of several processes does not survive that.
         """
         check_complete(dict(zip(offer.names, offer.shapes, strict=True)), self._shapes)
         try:
-            self._receive(offer, seat=seat, num_seats=num_seats, anew=anew)
+            self._receive(offer, place, seat=seat, anew=anew)
         except Exception:
             if self._num_processes > 1:
                 raise
@@ -137,21 +135,22 @@ class Generator:
         sent = dict(zip(offer.names, offer.sums, strict=True))
         for came in self._llm.collective_rpc("received_sums"):
             if wrong := [name for name in sent if came.get(name) != sent[name]]:
-                raise WeightsError(
-                    f"weights version {version} arrived altered: {len(wrong)} of {len(sent)} "
-                    f"tensors, {wrong[0]} first"
+                log.error(
+                    "version %d arrived altered: %d of %d tensors, %s first",
+                    *(version, len(wrong), len(sent), wrong[0]),
                 )
+                return False
         self.reset_prefix_cache()
         self.version = version
         return True
 
-    def _receive(self, offer: Offer, *, seat: int, num_seats: int, anew: bool) -> None:
+    def _receive(self, offer: Offer, place: Place, *, seat: int, anew: bool) -> None:
         if anew:
             group = {
-                "master_address": offer.host,
-                "master_port": offer.port,
+                "master_address": place.host,
+                "master_port": place.port,
                 "rank_offset": 1 + seat * self._num_processes,
-                "world_size": 1 + num_seats * self._num_processes,
+                "world_size": 1 + len(place.members) * self._num_processes,
                 "packed": True,
             }
             self._llm.collective_rpc("shutdown_weight_transfer_engine")

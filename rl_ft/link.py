@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from rl_ft.cluster import on_this_node
 from rl_ft.config import Config
-from rl_ft.meeting import Meeting, Offer
+from rl_ft.meeting import Meeting, Offer, Place
 from rl_ft.parity import MismatchGate, ParityError
 from rl_ft.types import RolloutGroup
 
@@ -30,10 +32,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WAIT_S = 3600.0
-"""Before a step's groups, and before its weights are loaded, there may be a check in the closed
-loop."""
-SEND_S = 900.0
-"""For all tensors of a version."""
+"""Before a step's groups there may be a check in the closed loop."""
+GATHER_S = 1500.0
+"""Before its weights are loaded there may be one, too; other ranks wait in a collective, for half
+an hour and no longer."""
+POLL_S = 10.0
+MAX_MISSED = 3
+"""After so many versions in a row that could not be sent, it is no longer tried."""
+
+
+def transfer_limit_s(config: Config) -> float:
+    """For the others to come, and then for all tensors: of what an engine may take for a call, the
+    last third is for fetching what was not sent."""
+    return config.generation.call_timeout_s / 3
 
 
 class LearnerLink:
@@ -78,7 +89,11 @@ class LearnerLink:
             self._sender = Sender(transport, self._config)
         offer = self._sender.offer(state_dict, version)
         ray.get(self._buffer.keep.remote(replace(ref, offer=offer)))
-        self._sender.send(state_dict, version, offer)
+        if offer is not None:
+            self._sender.send(state_dict, version, offer, is_wanted=self._is_wanted)
+
+    def _is_wanted(self) -> bool:
+        return not ray.get(self._buffer.has_ended.remote())
 
     def report(self, step: int, values: dict[str, float]) -> None:
         """Metrics of a finished step."""
@@ -98,46 +113,55 @@ class Sender:
         settings = config.ray
         self._backend = backend
         self._num_receivers = settings.num_generators * config.generation.tensor_parallel_size
-        self._meeting = MeetingActor.remote(settings.num_generators)
+        self._limit_s = transfer_limit_s(config)
+        meeting = MeetingActor.options(scheduling_strategy=on_this_node())
+        self._meeting = meeting.remote(settings.num_generators)
         self._members: tuple[str, ...] = ()
         self._group: Group | None = None
         self._name = uuid.uuid4().hex
+        self._num_missed = 0
 
-    def offer(self, state_dict: Mapping[str, Tensor], version: int) -> Offer:
-        """What engines need to know of a version that will be sent."""
+    def offer(self, state_dict: Mapping[str, Tensor], version: int) -> Offer | None:
+        """What engines need to know of a version that will be sent; None: it will not."""
         from rl_ft.transfer import checksum
 
+        if self._num_missed > MAX_MISSED:
+            return None
         ray.get(self._meeting.open.remote(version))
-        host = ray.util.get_node_ip_address()
-        with socket.create_server((host, 0)) as free:
-            port = free.getsockname()[1]
         return Offer(
             meeting=self._meeting,
             group=self._name,
-            host=host,
-            port=port,
             names=tuple(state_dict),
             dtypes=tuple(str(t.dtype).removeprefix("torch.") for t in state_dict.values()),
             shapes=tuple(tuple(t.shape) for t in state_dict.values()),
             sums=tuple(map(checksum, state_dict.values())),
         )
 
-    def send(self, state_dict: Mapping[str, Tensor], version: int, offer: Offer) -> None:
+    def send(
+        self,
+        state_dict: Mapping[str, Tensor],
+        version: int,
+        offer: Offer,
+        *,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         """To all engines, once the loop has told each of them to load this version.
 
-        If they do not all come, or one dies, they fetch it.
+        If they do not all come, or one dies, they fetch it; nobody waits for a loop that has ended.
 
         Raises:
             TransferError: it hangs. The learner must end, and begin again.
         """
         from rl_ft.transfer import TransferError, in_time
 
-        members = ray.get(self._meeting.gathered.remote(version, WAIT_S))
-        if members is None:
-            log.warning("not every engine came for version %d: it is fetched", version)
+        place = self._place(version, is_wanted)
+        if place is None:
+            ray.get(self._meeting.call_off.remote())
+            self._num_missed += is_wanted()
             return
         try:
-            in_time(partial(self._broadcast, state_dict, members, offer), SEND_S)
+            in_time(partial(self._broadcast, state_dict, place), self._limit_s)
+            self._num_missed = 0
         except TransferError:
             raise
         except Exception:
@@ -145,16 +169,30 @@ class Sender:
             log.warning("version %d was not sent, it is fetched", version, exc_info=True)
             self._leave()
             self._name = uuid.uuid4().hex
+            self._num_missed += 1
 
-    def _broadcast(
-        self, state_dict: Mapping[str, Tensor], members: tuple[str, ...], offer: Offer
-    ) -> None:
+    def _place(self, version: int, is_wanted: Callable[[], bool]) -> Place | None:
+        """Where all engines were told to go, once all have come."""
+        until = time.monotonic() + GATHER_S
+        members = None
+        while members is None:
+            if time.monotonic() > until or not is_wanted():
+                return None
+            members = ray.get(self._meeting.gathered.remote(version, POLL_S))
+            if members is None and ray.get(self._meeting.is_off.remote(version)):
+                return None
+        host = ray.util.get_node_ip_address()
+        with socket.create_server((host, 0)) as free:
+            place = Place(members=members, host=host, port=free.getsockname()[1])
+        return place if ray.get(self._meeting.invite.remote(version, place)) else None
+
+    def _broadcast(self, state_dict: Mapping[str, Tensor], place: Place) -> None:
         from rl_ft.transfer import open_group
 
-        if members != self._members:
+        if place.members != self._members:
             self._leave()
-            self._group = open_group(self._backend, offer.host, offer.port, self._num_receivers)
-            self._members = members
+            self._group = open_group(self._backend, place.host, place.port, self._num_receivers)
+            self._members = place.members
         self._group.send(state_dict)
 
     def _leave(self) -> None:

@@ -124,7 +124,7 @@ class _NcclGroup:
             source=self._source,
         )
         if self._sender.model_update_group.disabled:
-            raise TransferError("vLLM could not load NCCL, and would send nothing")
+            raise RuntimeError("vLLM could not load NCCL, and would send nothing")
 
     def send(self, tensors: Mapping[str, Tensor]) -> None:
         self._source.tensors = tensors

@@ -56,7 +56,8 @@ class Outcome:
     checks: Mapping[int, Check]
     """By step."""
     left: Check | None
-    """How the model drives that its training has made; None unless it is finished."""
+    """How the model drives that it was left with, or if that is a start which others share what was
+    made of it; None unless it is finished."""
 
     @property
     def step(self) -> int:
@@ -140,7 +141,7 @@ def read_outcome(sweep: SweepFolder, trial: Trial) -> Outcome:
         state=state,
         ending=ending,
         checks=read_checks(root, trial.start),
-        left=read_left(root, trial.start) if state == "finished" else None,
+        left=_left(root, trial) if state == "finished" else None,
     )
 
 
@@ -183,6 +184,11 @@ def _stage(sweep: SweepFolder, trial: Trial, folder: RunFolder, stage: str, *, o
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(origin / name, link.parent))
     folder.mark_done(stage)
+
+
+def _left(root: Path, trial: Trial) -> Check | None:
+    # Of different settings for training, one start for all says nothing.
+    return read_left(root, trial.start, but_the_start="sft" in trial.shared)
 
 
 def _again(sweep: SweepFolder) -> str:

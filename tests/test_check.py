@@ -215,7 +215,8 @@ def test_a_start_that_was_left_says_nothing_of_the_training(tmp_path, left, dela
         for figure, value in (("delay_s", delay), ("gridlocks", 0), ("invalid_share", 0.0))
     }
     write_summary(tmp_path, STAGE, {"left": left, **found})
-    assert read_left(tmp_path, START).delay_s == delay_s
+    assert read_left(tmp_path, START, but_the_start=True).delay_s == delay_s
+    assert read_left(tmp_path, START).delay_s == (20.0 if left == "mean" else 12.0)
 
 
 # ---- resume

@@ -47,10 +47,10 @@ class SentGenerator(GeneratorService):
         self._record = self._dies_at = None
         receive = self._generator.receive_weights
 
-        def receive_or_die(offer, version, **settings):
+        def receive_or_die(offer, place, version, **settings):
             if version == self._dies_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return receive(offer, version, **settings)
+            return receive(offer, place, version, **settings)
 
         self._generator.receive_weights = receive_or_die
 

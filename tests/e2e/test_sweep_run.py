@@ -152,9 +152,10 @@ def test_trials_differ_by_what_was_tried(resumed):
     assert rates[1] == pytest.approx(2 * rates[0])
 
 
-def test_the_result_is_how_the_model_drove_that_is_left(resumed):
+def test_the_result_is_how_the_model_drove_that_is_left_or_was_made_of_the_shared_start(resumed):
     sweep, *_ = resumed
     for row in results(sweep)["trials"]:
+        assert "sft" in row["shared"]
         summary = json.loads((sweep.root / "trials" / row["trial"] / "metrics.json").read_text())
         found = summary[f"check/{START}"]
         left = "mean" if found["left"] in ("mean", "step 0") else "best"
