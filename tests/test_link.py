@@ -10,10 +10,11 @@ import pytest
 import ray
 import torch
 
+from rl_ft import link
 from rl_ft.actors import GeneratorActor
 from rl_ft.config import Config
 from rl_ft.crew import Samplers
-from rl_ft.link import Sender
+from rl_ft.link import MAX_MISSED, Sender
 from rl_ft.sections import TinyModelConfig
 from rl_ft.tiny import build_tiny
 from rl_ft.weights import publish, read_folder
@@ -40,6 +41,29 @@ class SendingLearner:
 
     def send(self, version):
         self._sender.send(self._tensors, version, self._offer)
+
+
+@pytest.fixture
+def alone(ray_cluster, monkeypatch):
+    """A sender to an engine that never comes, and one tensor."""
+    monkeypatch.setattr(link, "GATHER_S", 0.2)
+    monkeypatch.setattr(link, "POLL_S", 0.1)
+    return Sender("gloo", Config()), {"weight": torch.ones(2)}
+
+
+def test_nobody_waits_for_a_loop_that_has_ended(alone):
+    sender, tensors = alone
+    for version in range(2 * MAX_MISSED):
+        offer = sender.offer(tensors, version)
+        assert offer is not None
+        sender.send(tensors, version, offer, is_wanted=lambda: False)
+
+
+def test_what_nobody_comes_for_is_offered_so_often_and_no_more(alone):
+    sender, tensors = alone
+    for version in range(MAX_MISSED + 1):
+        sender.send(tensors, version, sender.offer(tensors, version))
+    assert sender.offer(tensors, MAX_MISSED + 1) is None
 
 
 @pytest.mark.parametrize("transport", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
