@@ -23,7 +23,7 @@ class Handle:
         self.resources = resources
         return self
 
-    def remote(self, model_path, config, seed):
+    def remote(self, model_path, config, seed, seat):
         self.memory = config.generation.gpu_memory_utilization
         return self
 
