@@ -266,7 +266,7 @@ def _engine_settings(config: Config, *, cuda: bool) -> dict[str, object]:
         "max_num_seqs": generation.max_num_seqs,
         "tensor_parallel_size": generation.tensor_parallel_size,
     }
-    if config.ray.weight_transport in ("nccl", "gloo"):
+    if config.ray.broadcasts:
         settings |= {
             "weight_transfer_config": {"backend": f"rl_ft_{config.ray.weight_transport}"},
             "worker_extension_cls": "rl_ft.receiving.Receiver",

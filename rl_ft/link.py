@@ -81,12 +81,11 @@ class LearnerLink:
         from rl_ft.weights import publish
 
         ref = publish(state_dict, version, lambda arrays: arrays, base=self._base)
-        transport = self._config.ray.weight_transport
-        if transport not in ("nccl", "gloo"):
+        if not self._config.ray.broadcasts:
             ray.get(self._buffer.keep.remote(ref))
             return
         if self._sender is None:
-            self._sender = Sender(transport, self._config)
+            self._sender = Sender(self._config.ray.weight_transport, self._config)
         offer = self._sender.offer(state_dict, version)
         ray.get(self._buffer.keep.remote(replace(ref, offer=offer)))
         if offer is not None:
@@ -123,19 +122,12 @@ class Sender:
 
     def offer(self, state_dict: Mapping[str, Tensor], version: int) -> Offer | None:
         """What engines need to know of a version that will be sent; None: it will not."""
-        from rl_ft.transfer import checksum
+        from rl_ft.transfer import offer_of
 
         if self._num_missed > MAX_MISSED:
             return None
         ray.get(self._meeting.open.remote(version))
-        return Offer(
-            meeting=self._meeting,
-            group=self._name,
-            names=tuple(state_dict),
-            dtypes=tuple(str(t.dtype).removeprefix("torch.") for t in state_dict.values()),
-            shapes=tuple(tuple(t.shape) for t in state_dict.values()),
-            sums=tuple(map(checksum, state_dict.values())),
-        )
+        return offer_of(state_dict, meeting=self._meeting, group=self._name)
 
     def send(
         self,

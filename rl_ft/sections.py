@@ -355,6 +355,11 @@ class RayConfig(Section):
     death; then it counts as hung."""
     torch_threads: int = Field(2, gt=0)
 
+    @property
+    def broadcasts(self) -> bool:
+        """Whether the learner sends weights to the engines itself."""
+        return self.weight_transport in ("nccl", "gloo")
+
 
 class MonitorConfig(Section):
     """Who watches; `metrics.jsonl` and TensorBoard always do. And where a copy is kept."""

@@ -49,6 +49,9 @@ REQUEST_S = (10.0, 120.0)
 """Limits of one request: to connect, and to answer (an archive may be on its way)."""
 
 
+GO_ON = "rl-ft submit -- run --out THE_SAME --resume"
+
+
 class JobError(Exception):
     """The job has no exit status of its own: it was stopped, its driver died, or it is lost."""
 
@@ -218,7 +221,7 @@ class Cluster:
                 raise JobError(
                     f"lost {job_id}: {self.address} did not answer {lost} times ({why}); "
                     f"if the cluster lives, {self.instructions(job_id)}; if it does not, start "
-                    "one and go on with: rl-ft submit -- run --out THE_SAME --resume"
+                    f"one and go on with: {GO_ON}"
                 )
             await asyncio.sleep(lost)
 
@@ -330,7 +333,7 @@ def exit_status(job_id: str, info: JobDetails) -> int:
         cause = " ".join((info.message or "no message").split())
         raise JobError(
             f"{job_id} died, {info.error_type}: {cause[:600]}; a run goes on from where it was "
-            "with: rl-ft submit -- run --out THE_SAME --resume"
+            f"with: {GO_ON}"
         )
     if code < 0:
         name = signal.Signals(-code).name

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from rl_ft.meeting import Offer
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -48,6 +50,18 @@ def checksum(tensor: Tensor) -> int:
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().contiguous().view(integers[tensor.element_size()])
     return int(bits.sum(dtype=torch.int64).item())
+
+
+def offer_of(tensors: Mapping[str, Tensor], *, meeting: object, group: str) -> Offer:
+    """What engines need to know of tensors that will be sent."""
+    return Offer(
+        meeting=meeting,
+        group=group,
+        names=tuple(tensors),
+        dtypes=tuple(str(t.dtype).removeprefix("torch.") for t in tensors.values()),
+        shapes=tuple(tuple(t.shape) for t in tensors.values()),
+        sums=tuple(map(checksum, tensors.values())),
+    )
 
 
 def in_time(work: Callable[[], None], limit_s: float) -> None:

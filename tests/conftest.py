@@ -92,6 +92,24 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of the size that the module names."""
+    from rl_ft.tiny import build_tiny
+
+    return str(build_tiny(tmp_path_factory.mktemp("tiny"), config=request.module.SIZE, seed=1))
+
+
+@pytest.fixture(scope="module")
+def changed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The weights of another one of that size."""
+    from rl_ft.tiny import build_tiny
+    from rl_ft.weights import read_folder
+
+    place = tmp_path_factory.mktemp("changed")
+    return read_folder(build_tiny(place, config=request.module.SIZE, seed=2))
+
+
+@pytest.fixture(scope="module")
 def pool(config: Config) -> Iterator[Any]:
     """Two worlds under the module's own `config`."""
     from rollout_case import NUM_WORLDS

@@ -18,7 +18,6 @@ from rl_ft.cluster import engine_gpus
 from rl_ft.config import Config
 from rl_ft.generation import Generator
 from rl_ft.sections import TinyModelConfig
-from rl_ft.tiny import build_tiny
 from rl_ft.weights import publish, read_folder
 
 # More than what vLLM sends to a process in one piece (16 MiB).
@@ -58,16 +57,6 @@ def engine_processes(pid: int) -> list[psutil.Process]:
 def are_gone(processes: list[psutil.Process]) -> bool:
     psutil.wait_procs(processes, timeout=GONE_S)
     return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    return str(build_tiny(tmp_path_factory.mktemp("tiny"), config=SIZE, seed=1))
-
-
-@pytest.fixture(scope="module")
-def changed(tmp_path_factory) -> dict[str, torch.Tensor]:
-    return read_folder(build_tiny(tmp_path_factory.mktemp("changed"), config=SIZE, seed=2))
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,7 @@ from rl_ft.config import Config
 from rl_ft.generation import Generator
 from rl_ft.meeting import Offer, Place
 from rl_ft.sections import TinyModelConfig
-from rl_ft.tiny import build_tiny
-from rl_ft.transfer import WAIT_S, TransferError, checksum, in_time, open_group
+from rl_ft.transfer import WAIT_S, TransferError, checksum, in_time, offer_of, open_group
 from rl_ft.weights import read_folder
 
 SIZE = TinyModelConfig(
@@ -73,16 +72,6 @@ def test_what_failed_holds_nothing_afterwards():
     assert is_there() is None
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    return str(build_tiny(tmp_path_factory.mktemp("tiny"), config=SIZE, seed=1))
-
-
-@pytest.fixture(scope="module")
-def changed(tmp_path_factory) -> dict[str, torch.Tensor]:
-    return read_folder(build_tiny(tmp_path_factory.mktemp("changed"), config=SIZE, seed=2))
-
-
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
 def engine(folder, request):
     if torch.cuda.is_available():
@@ -110,15 +99,8 @@ def answers(engine: Generator) -> list[object]:
     return [(row[0].token_ids, row[0].logprobs) for row in rows]
 
 
-def offer_of(tensors: dict[str, torch.Tensor]) -> Offer:
-    return Offer(
-        meeting=None,
-        group="one",
-        names=tuple(tensors),
-        dtypes=tuple(str(t.dtype).removeprefix("torch.") for t in tensors.values()),
-        shapes=tuple(tuple(t.shape) for t in tensors.values()),
-        sums=tuple(map(checksum, tensors.values())),
-    )
+def offer(tensors: dict[str, torch.Tensor]) -> Offer:
+    return offer_of(tensors, meeting=None, group="one")
 
 
 @contextlib.contextmanager
@@ -166,7 +148,7 @@ def test_an_engine_answers_with_what_it_was_sent_one_version_after_the_other(
     for version, tensors in enumerate((weights, changed, weights)):
         thread = learner.begin(tensors)
         assert engine.receive_weights(
-            offer_of(tensors), learner.place, version, seat=0, anew=version == 0
+            offer(tensors), learner.place, version, seat=0, anew=version == 0
         )
         thread.join(LIMIT_S)
         assert answers(engine) == wanted[version % 2]
@@ -178,7 +160,7 @@ def test_what_came_and_was_not_sent_is_not_taken(engine, folder, changed, caplog
     name = "model.norm.weight"
     learner = Learner(engine)
     learner.begin({**changed, name: changed[name] + 1})
-    assert not engine.receive_weights(offer_of(changed), learner.place, 7, seat=0, anew=True)
+    assert not engine.receive_weights(offer(changed), learner.place, 7, seat=0, anew=True)
     assert f"altered: 1 of {len(changed)} tensors, {name} first" in caplog.text
     assert engine.version != 7
 
@@ -192,12 +174,12 @@ def test_an_engine_that_was_sent_half_a_version_can_load_a_whole_one(engine, fol
     learner = Learner(engine)
     learner.begin(dict(list(changed.items())[: len(changed) // 2]), last=True)
     with at_once():
-        assert not engine.receive_weights(offer_of(changed), learner.place, 10, seat=0, anew=True)
+        assert not engine.receive_weights(offer(changed), learner.place, 10, seat=0, anew=True)
     engine.load_weights(read_folder(folder), 11)
     assert answers(engine) == wanted
     learner = Learner(engine)
     learner.begin(changed)
-    assert engine.receive_weights(offer_of(changed), learner.place, 12, seat=0, anew=True)
+    assert engine.receive_weights(offer(changed), learner.place, 12, seat=0, anew=True)
     assert answers(engine) != wanted
 
 
@@ -207,5 +189,5 @@ def test_an_engine_whose_sender_ends_does_not_wait_for_it(engine, changed):
     learner.begin({}, last=True)
     several = pytest.raises(RuntimeError, match=r"(?i)clos|reset|peer")
     with at_once(), several if engine._num_processes > 1 else contextlib.nullcontext():
-        assert not engine.receive_weights(offer_of(changed), learner.place, 8, seat=0, anew=True)
+        assert not engine.receive_weights(offer(changed), learner.place, 8, seat=0, anew=True)
     assert engine.version != 8
