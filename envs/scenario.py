@@ -1,8 +1,9 @@
 """Where worlds come from: generated cities, installed RESCO maps, the user's own SUMO files.
 
 A scenario is named by a string: `generated:<seed>`, `resco:<map>`, the path of a `.sumocfg`, or
-`a.net.xml,b.rou.xml` (one network, then one or more route files). What a user hands us is checked
-before a simulation sees it; every complaint is one `UserError`.
+`a.net.xml,b.rou.xml` (one network, then one or more route files). `@15` behind any of them lets its
+junctions choose every 15 s. What a user hands us is checked before a simulation sees it; every
+complaint is one `UserError`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from envs.errors import UserError
@@ -42,8 +44,9 @@ RESCO_TIMINGS = {
     "arterial4x4": SignalTiming(decision_interval_s=5, yellow_s=2, min_green_s=3),
 }
 
-_RANGE = re.compile(r"generated:(\d+)-(\d+)")
+_RANGE = re.compile(r"generated:(\d+)-(\d+)(@\d+)?")
 _REPEATED = re.compile(r"(.+)\*([1-9]\d{0,3})")
+_PACED = re.compile(r"(.+)@(\d{1,4})")
 
 
 def default_cache_dir() -> Path:
@@ -57,6 +60,9 @@ def load_scenario(name: str, *, cache_dir: Path | None = None) -> Scenario:
 
     Files of the user are validated here, so what is returned can be simulated.
     """
+    if (plain := unpaced(name)) != name:
+        scenario = load_scenario(plain, cache_dir=cache_dir)
+        return replace(scenario, name=name, timing=_paced(name, scenario.timing))
     kind, separator, rest = name.partition(":")
     if separator and kind == "generated":
         return generate(_seed(name, rest), cache_dir or default_cache_dir())
@@ -67,12 +73,34 @@ def load_scenario(name: str, *, cache_dir: Path | None = None) -> Scenario:
     return scenario
 
 
+def unpaced(name: str) -> str:
+    """The name without how often its junctions choose: the same traffic."""
+    paced = _PACED.fullmatch(name)
+    return paced[1] if paced else name
+
+
+def _paced(name: str, timing: SignalTiming) -> SignalTiming:
+    """The timing, with the interval that a name ends with if it does."""
+    paced = _PACED.fullmatch(name)
+    if not paced:
+        return timing
+    interval_s = int(paced[2])
+    shortest_s, longest_s = timing.yellow_s + timing.all_red_s + 1, timing.max_green_s
+    if not shortest_s <= interval_s <= longest_s:
+        raise UserError(
+            f"Junctions of {paced[1]} can choose every {shortest_s} to {longest_s} s, more than "
+            f"their yellow and up to their maximum green, but {name} was asked for."
+        )
+    return replace(timing, decision_interval_s=interval_s)
+
+
 def require_scenarios(names: Iterable[str]) -> None:
     """Raise a `UserError` for the first name that is none; builds no generated scenario."""
     for name in dict.fromkeys(names):
-        kind, separator, rest = name.partition(":")
+        kind, separator, rest = unpaced(name).partition(":")
         if separator and kind == "generated":
             _seed(name, rest)
+            _paced(name, SignalTiming())
         else:
             load_scenario(name)
 
@@ -116,7 +144,7 @@ def expand(names: Sequence[str]) -> tuple[str, ...]:
                 f"A range of scenarios runs upwards over at most {MAX_RANGE} seeds, such as "
                 f"generated:1-48, but {name} was asked for."
             )
-        expanded += [f"generated:{seed}" for seed in range(first, last + 1)]
+        expanded += [f"generated:{seed}{match[3] or ''}" for seed in range(first, last + 1)]
     return tuple(expanded)
 
 
@@ -181,7 +209,7 @@ def _user_scenario(name: str) -> Scenario:
         return _with_window(name, net, tuple(routes), (), {})
     raise UserError(
         f"A scenario is generated:<seed>, resco:<map>, the path of a .sumocfg, or "
-        f"net.xml,routes.rou.xml, but {name!r} was asked for."
+        f"net.xml,routes.rou.xml, and may end with @10, but {name!r} was asked for."
     )
 
 

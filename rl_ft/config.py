@@ -11,7 +11,7 @@ import math
 from pydantic import model_validator
 
 from envs.answers import HOLD_INTERVALS
-from envs.scenario import expand
+from envs.scenario import expand, unpaced
 from envs.types import DecisionFormat, SignalTiming
 from rl_ft.sections import (
     CheckConfig,
@@ -183,7 +183,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _judged_on_what_chose_nothing(self) -> Config:
         if self.check.every_steps:
-            shared = set(expand(self.check.scenarios)) & set(expand(self.scenarios.held_out))
+            checked, judged = (
+                set(map(unpaced, expand(names)))
+                for names in (self.check.scenarios, self.scenarios.held_out)
+            )
+            shared = checked & judged
             if shared:
                 raise ValueError(
                     f"check.scenarios and scenarios.held_out share {', '.join(sorted(shared))}: "

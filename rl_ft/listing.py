@@ -25,6 +25,7 @@ _KINDS = (
     ("resco:<map>", "a map of the RESCO benchmark, shipped with the package sumo-rl"),
     ("<path>.sumocfg", "your own configuration"),
     ("<net>.net.xml,<routes>.rou.xml", "your own network and demand"),
+    ("<any of these>@15", "the same, with a decision every 15 s"),
 )
 
 _EXAMPLE_S = 300.0

@@ -59,6 +59,8 @@ def test_what_chooses_the_model_must_not_judge_it():
     judged = {"held_out": ["generated:902"]}
     with pytest.raises(ValidationError, match="share generated:902"):
         Config.model_validate({"check": check, "scenarios": judged})
+    with pytest.raises(ValidationError, match="share generated:902"):
+        Config.model_validate({"check": check, "scenarios": {"held_out": ["generated:902@5"]}})
     Config.model_validate({"check": check | {"every_steps": 0}, "scenarios": judged})
 
 

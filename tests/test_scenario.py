@@ -17,8 +17,15 @@ from envs import generator, scenario
 from envs.city import draw_city, streams
 from envs.errors import UserError
 from envs.program import is_green
-from envs.scenario import expand, load_scenario, scenario_names, validate_scenario
+from envs.scenario import (
+    expand,
+    load_scenario,
+    require_scenarios,
+    scenario_names,
+    validate_scenario,
+)
 from envs.types import Scenario
+from envs.world import World
 
 SEEDS = range(1, 9)
 
@@ -314,6 +321,36 @@ def test_unknown_kind_lists_what_there_is(name):
     message = complaint(name)
     assert "generated:<seed>" in message
     assert "resco:<map>" in message
+
+
+# How often junctions choose
+
+
+@pytest.mark.parametrize("name", ["generated:7", "resco:arterial4x4"])
+def test_a_pace_changes_how_often_junctions_choose_and_nothing_else(name):
+    plain, paced = load_scenario(name), load_scenario(f"{name}@15")
+    assert paced.timing.decision_interval_s == 15
+    timing = replace(plain.timing, decision_interval_s=15)
+    assert paced == replace(plain, name=f"{name}@15", timing=timing)
+
+
+def test_junctions_choose_at_the_pace_that_was_asked_for():
+    scenario = load_scenario("generated:7@15")
+    with World() as world:
+        world.reset(scenario, seed=1)
+        world.drive("max_wave", scenario.begin_s + 1)
+        assert world.time()[0] == scenario.begin_s + 15
+
+
+@pytest.mark.parametrize("name", ["generated:7@3", "generated:7@121", "resco:arterial4x4@2"])
+def test_a_pace_within_the_yellow_or_beyond_the_maximum_green_is_refused(name):
+    assert "can choose every" in complaint(name)
+    with pytest.raises(UserError, match=name):
+        require_scenarios([name])
+
+
+def test_a_range_and_a_repetition_keep_their_pace():
+    assert expand(["generated:1-2@5*2"]) == ("generated:1@5", "generated:2@5") * 2
 
 
 # RESCO
