@@ -126,6 +126,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_is_given_is_there(self) -> Config:
+        if "given" in self.prepare.teachers and self.model.name_or_path == "tiny":
+            raise ValueError(
+                "prepare.teachers has given, the start from a model that was trained before: set "
+                "model.name_or_path to its folder, such as runs/best/grpo/max_pressure/model"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _an_adapter_is_trained(self) -> Config:
         if self.ray.weight_transport == "adapter" and self.model.lora is None:
             raise ValueError(

@@ -27,7 +27,8 @@ def lessons(
 ) -> list[Row]:
     """`num` tellings of a state, each a chat that ends with the teacher's answer.
 
-    Lookahead's answers are drawn among the cheap ones, if `soften`; else it gives the cheapest.
+    Lookahead's answers are drawn among the cheap ones, if `soften`; else it gives the cheapest. A
+    model that is `given` learns none of them: the answers beside its questions are max-pressure's.
 
     Example of a row:
         {"id": "generated:3/100004/320/J0",
@@ -38,12 +39,13 @@ def lessons(
     """
     tellings = random.Random(f"{config.seed}/{state.id}")
     choices = random.Random(f"{config.seed}/{state.id}/{teacher}")
+    controller = CONTROLLERS.get("max_pressure" if teacher == "given" else teacher)
     costs = state.costs_veh_s(reward_weights(config))
     rows = []
     for _ in range(num):
         told, order = retold(state.decision, tellings)
-        if teacher != "lookahead":
-            action = act(state.decision, CONTROLLERS[teacher](state.decision).phase)
+        if controller:
+            action = act(state.decision, controller(state.decision).phase)
         elif soften:
             action = draw_cheap(costs, config.prepare.lookahead_temperature_veh_s, choices)
         else:

@@ -32,6 +32,8 @@ _COLOURS = {
     "grpo:max_pressure": "#2f6fde",
     "sft:lookahead": "#c9a3ea",
     "grpo:lookahead": "#8a45d0",
+    "sft:given": "#8fc9b4",
+    "grpo:given": "#12805c",
 }
 _OTHERS = ("#1699a8", "#d0518f", "#7c8c2b", "#a0673c")
 _NAMES = {
@@ -39,6 +41,8 @@ _NAMES = {
     "max_pressure": "max-pressure",
     "max_wave": "max-wave",
     "lookahead": "lookahead (bound)",
+    "sft:given": "the given model",
+    "grpo:given": "GRPO from the given model",
 }
 _WIDTH_IN = 4.4
 
@@ -96,7 +100,7 @@ def colour(policy: str) -> str:
 def label(policy: str) -> str:
     """The policy's name as a person says it."""
     kind, _, start = policy.partition(":")
-    if start and kind in ("sft", "grpo"):
+    if start and kind in ("sft", "grpo") and policy not in _NAMES:
         return f"{kind.upper()} from {start.replace('_', '-')}"
     return _NAMES.get(policy, policy.rstrip("/").rsplit("/", 1)[-1].replace("_", "-"))
 

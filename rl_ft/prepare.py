@@ -9,6 +9,8 @@ from pathlib import Path
 from envs.errors import UserError
 from rl_ft.config import Config
 from rl_ft.dataset import GRPO_FILE, adopt_dataset, write_dataset
+from rl_ft.question import asked_as_taught
+from rl_ft.recipe import differences
 from rl_ft.run_folder import RunFolder
 from rl_ft.states import collect_states
 from rl_ft.tiny import build_tiny
@@ -38,7 +40,8 @@ def prepare_model(config: Config, directory: Path) -> Path:
     """The policy's starting point as a Hugging Face folder: built, or copied from where it is.
 
     Raises:
-        UserError: `model.name_or_path` is not `tiny` and not a model folder.
+        UserError: `model.name_or_path` is not `tiny` and not a model folder, or of a model that is
+            to go on as it is and was taught another question.
     """
     require_model(config)
     name = config.model.name_or_path
@@ -56,3 +59,8 @@ def require_model(config: Config) -> None:
             f"model.name_or_path is {name!r}: expected 'tiny' or a folder with config.json, "
             "weights and tokenizer; download a Hugging Face model to a folder first"
         )
+    if "given" in config.prepare.teachers:
+        taught = asked_as_taught(Path(name), config)
+        if other := differences(config, taught):
+            listed = ", ".join(f"--set {key}={value}" for key, (_, value) in other.items())
+            raise UserError(f"{name} was taught to be asked otherwise: {listed}")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from envs.reward import TrafficTerm
 
-Teacher = Literal["max_pressure", "lookahead"]
+Teacher = Literal["max_pressure", "lookahead", "given"]
 Controller = Literal["fixed", "actuated", "max_pressure", "max_wave", "random", "lookahead"]
 
 
@@ -91,7 +91,8 @@ class PrepareConfig(Section):
     """How many of them become lessons of the supervised start; None: all."""
     num_eval_states: int = Field(200, ge=0)
     teachers: tuple[Teacher, ...] = ("max_pressure",)
-    """One supervised start each, and each is reinforced by itself."""
+    """One supervised start each, and each is reinforced by itself; `given` is the model of
+    `model.name_or_path` as it is, which was trained before."""
     tellings: int = Field(12, gt=0)
     """Training rows per state, each with the phases in another order and under other names."""
     lookahead_temperature_veh_s: float = Field(6.0, gt=0)

@@ -29,7 +29,7 @@ from rl_ft.progress import Progress
 from rl_ft.question import write_question
 from rl_ft.render import Renderer
 from rl_ft.rows import SftRow
-from rl_ft.run_folder import RunFolder, replace_folder
+from rl_ft.run_folder import RunFolder, appearing, replace_folder
 from rl_ft.sinks import open_sinks
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ def train_sft(config: Config, folder: RunFolder) -> None:
     jobs = [job for job in teacher_jobs(config, folder) if not is_complete(Path(job.out_dir))]
     for job in jobs:
         _require_inputs(job)
+    for job in jobs:
+        if job.teacher == "given":
+            _publish_given(config, job)
+    jobs = [job for job in jobs if job.teacher != "given"]
     if not jobs:
         return
     total = sum(num_steps(config, job) for job in jobs)
@@ -109,6 +113,15 @@ def num_steps(config: Config, job: TeacherJob) -> int:
 def is_complete(model_dir: Path) -> bool:
     """The folder was published: its summary is written before the folder gets its name."""
     return (model_dir / SUMMARY_FILE).is_file()
+
+
+def _publish_given(config: Config, job: TeacherJob) -> None:
+    """The model of `prepare` is the start as it is."""
+    with appearing(Path(job.out_dir)) as folder:
+        shutil.copytree(job.model_dir, folder, dirs_exist_ok=True)
+        write_question(folder, config)
+        (folder / SUMMARY_FILE).write_text("{}\n", encoding="utf-8")
+    log.info("sft/%s: the model as it is", job.teacher)
 
 
 def with_label_noise(rows: Sequence[SftRow], share: float, seed: int) -> list[SftRow]:

@@ -37,6 +37,13 @@ def test_a_kl_term_needs_answers_that_the_policy_gave():
     Config.model_validate({"grpo": {"beta": 0.1}, "rollout": {"counterfactuals": False}})
 
 
+def test_a_given_start_needs_a_model_that_was_trained():
+    prepare = {"teachers": ["given"]}
+    with pytest.raises(ValidationError, match="to its folder"):
+        Config.model_validate({"prepare": prepare})
+    Config.model_validate({"prepare": prepare, "model": {"name_or_path": "runs/best/model"}})
+
+
 @pytest.mark.parametrize(
     ("num_learners", "muon_ratio", "says"),
     [(1, None, "num_learners is 1: set it to 2"), (2, 3.0, "muon_ratio to null")],

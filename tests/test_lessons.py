@@ -64,6 +64,16 @@ def test_a_teacher_answers_legally_and_by_its_rule(states, data_config, teacher)
         assert teacher != "lookahead" or cost == min(rows[0]["cost_veh_s"].values())
 
 
+def test_beside_the_questions_of_a_given_model_stand_the_answers_of_max_pressure(
+    states, data_config
+):
+    given, taught = (
+        [answer_of(row) for row in lessons(states[0], teacher, data_config, num=NUM)]
+        for teacher in ("given", "max_pressure")
+    )
+    assert given == taught
+
+
 def test_a_state_is_told_alike_to_every_teacher(states, data_config):
     one, other = (
         lessons(states[0], teacher, data_config, num=NUM)

@@ -7,6 +7,7 @@ import pytest
 from envs.errors import UserError
 from rl_ft.dataset import read_lessons, read_manifest, read_states
 from rl_ft.prepare import prepare, prepare_model
+from rl_ft.question import write_question
 from rl_ft.run_folder import RunFolder
 
 
@@ -23,6 +24,21 @@ def test_a_model_folder_is_copied(data_config, tmp_path):
     model = data_config.model.model_copy(update={"name_or_path": str(source)})
     copied = prepare_model(data_config.model_copy(update={"model": model}), tmp_path / "model")
     assert (copied / "config.json").read_text() == "{}"
+
+
+def test_a_given_model_is_asked_as_it_was_taught(data_config, tmp_path):
+    source = tmp_path / "mine"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    taught = data_config.model_copy(update={"decision_format": "extend"})
+    write_question(source, taught)
+    given = {
+        "model": data_config.model.model_copy(update={"name_or_path": str(source)}),
+        "prepare": data_config.prepare.model_copy(update={"teachers": ("given",)}),
+    }
+    with pytest.raises(UserError, match="taught to be asked otherwise: --set decision_format=ext"):
+        prepare_model(data_config.model_copy(update=given), tmp_path / "model")
+    prepare_model(taught.model_copy(update=given), tmp_path / "model")
 
 
 def test_prepare_leaves_a_model_and_a_dataset_of_the_size_asked_for(data_config, tmp_path):

@@ -95,7 +95,7 @@ def test_an_empty_file_changes_nothing_but_the_name(tmp_path):
         (None, ["grpo=3"], "grpo should be a section of keys with values, got 3"),
         (None, ["grpo.max_steps.x=3"], "grpo.max_steps should be a whole number"),
         (None, ["prepare.teachers=lookahead"], "prepare.teachers should be a list"),
-        (None, ["prepare.teachers=[nobody]"], "'max_pressure' or 'lookahead', got 'nobody'"),
+        (None, ["prepare.teachers=[nobody]"], "'lookahead' or 'given', got 'nobody'"),
         (None, ["grpo.max_steps"], "expected key.path=value"),
         (None, ["=3"], "expected key.path=value"),
         (None, ["grpo.max_steps=[1"], "--set grpo.max_steps=.1: the value is not valid YAML"),

@@ -11,6 +11,7 @@ from lesson_case import answer, write_rows
 from envs.errors import UserError
 from rl_ft.config import Config
 from rl_ft.dataset import read_lessons
+from rl_ft.question import asked_as_taught
 from rl_ft.render import Renderer
 from rl_ft.rows import SftRow
 from rl_ft.run_folder import RunFolder
@@ -217,6 +218,22 @@ def test_finished_teachers_are_skipped_without_starting_anything(tmp_path):
     Path(job.out_dir).mkdir(parents=True)
     (Path(job.out_dir) / SUMMARY_FILE).write_text("{}")
     train_sft(config, RunFolder(root=tmp_path, config=config))
+
+
+def test_a_given_model_is_the_start_as_it_is(tmp_path, model_dir):
+    config = small_config()
+    prepare = config.prepare.model_copy(update={"teachers": ("given",)})
+    config = config.model_copy(update={"prepare": prepare})
+    folder = RunFolder(root=tmp_path, config=config)
+    (tmp_path / "model").symlink_to(model_dir)
+    for split in ("sft", "eval"):
+        write_rows(folder.path("data", f"{split}_given.jsonl"), num=2)
+    train_sft(config, folder)
+    start = folder.path("sft", "given")
+    assert is_complete(start)
+    assert asked_as_taught(start, config) == config
+    weights = "model.safetensors"
+    assert (start / weights).read_bytes() == (model_dir / weights).read_bytes()
 
 
 @pytest.mark.ray
