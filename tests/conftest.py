@@ -44,6 +44,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+ON_ONE_START = ("direct", "faults", "loop", "serving")
+"""Files of tests/e2e that share a prepared start and a generator, which are made once a process."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file is the work of one process, and so are the files that share what is slow to make."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            shared = {f"tests/e2e/test_{name}.py" for name in ON_ONE_START}
+            return "tests/e2e" if file in shared else file
+
+    return ByFile(config, log)
+
+
 @pytest.fixture(scope="session")
 def smoke_config() -> Config:
     """The smallest configuration in which every stage is real."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from port_case import free_port
 
 from rl_ft.config import Config
 from rl_ft.sections import TinyModelConfig
@@ -107,11 +108,8 @@ def in_two_ranks(function: Callable[..., None], *args: object) -> None:
     """
     import torch
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     torch.multiprocessing.start_processes(
-        _rank, args=(port, function, args), nprocs=2, start_method="fork"
+        _rank, args=(free_port(), function, args), nprocs=2, start_method="fork"
     )
 
 

@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from port_case import free_port
 
 from envs.errors import UserError
 from rl_ft import submit
@@ -356,17 +356,6 @@ def test_an_address_that_is_no_dashboard_is_refused():
 # On a cluster
 
 
-def free_ports(number):
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
 @dataclass
 class Head:
     gcs: str
@@ -412,7 +401,7 @@ def start_head(place):
 
     None if it did not come up: Ray gives it 30 s, which a busy machine may need.
     """
-    gcs, dashboard, agent, client = free_ports(4)
+    gcs, dashboard, agent, client = (free_port() for _ in range(4))
     environment = user(TOKEN)
     for name in ("RAY_ADDRESS", "PYTHONPATH"):
         del environment[name]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import socket
 import threading
 import time
 import weakref
@@ -15,6 +14,7 @@ from functools import partial
 
 import pytest
 import torch
+from port_case import free_port
 
 from rl_ft.config import Config
 from rl_ft.generation import Generator
@@ -116,8 +116,7 @@ class Learner:
 
     def __init__(self, engine: Generator) -> None:
         self.num = engine._num_processes
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.place = Place(members=("a",), host="127.0.0.1", port=free.getsockname()[1])
+        self.place = Place(members=("a",), host="127.0.0.1", port=free_port())
         self.group = None
 
     def begin(self, tensors: dict[str, torch.Tensor], *, last: bool = False) -> threading.Thread:

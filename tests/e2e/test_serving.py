@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -19,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from loop_case import START, loop_config, wait_for
+from port_case import free_port
 from pydantic import TypeAdapter
 
 from envs.answers import Parsed, offered, parse
@@ -51,9 +51,7 @@ def command(model: Path, *options: object) -> list[str]:
 @pytest.fixture(scope="module")
 def service(prepared):
     """`rl-ft serve`, until Ctrl-C; its address."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         command(prepared / "sft" / START, "--port", port),
         stderr=subprocess.PIPE,
