@@ -17,7 +17,7 @@ import libsumo
 from envs import detectors, signals
 from envs.controllers import CONTROLLERS, PROGRAMS
 from envs.errors import UserError
-from envs.fork import fork_map
+from envs.fork import fork_map, reap
 from envs.layout import junction_specs
 from envs.ledger import SAMPLE_S, Ledger, world_digest
 from envs.metrics import trip_stats
@@ -294,7 +294,8 @@ class Simulation:
         )
 
     def close(self) -> None:
-        """End the simulation and remove its files."""
+        """End the simulation and its branches and remove its files."""
+        reap()
         if libsumo.isLoaded():
             libsumo.close()
         self._directory.cleanup()
