@@ -14,10 +14,10 @@ from xml.sax.saxutils import quoteattr
 
 import libsumo
 
-from envs import detectors, signals
+from envs import detectors, heap, signals
 from envs.controllers import CONTROLLERS, PROGRAMS
 from envs.errors import UserError
-from envs.fork import fork_map
+from envs.fork import fork_map, reap
 from envs.layout import junction_specs
 from envs.ledger import SAMPLE_S, Ledger, world_digest
 from envs.metrics import trip_stats
@@ -31,6 +31,9 @@ from envs.types import (
     Scenario,
     TripStats,
 )
+
+LOOK_EVERY = 32
+"""Of so many calls of `branch`, one looks where forks write, page by page."""
 
 
 class Simulation:
@@ -58,6 +61,8 @@ class Simulation:
         self._seen: dict[str, tuple[set[str], ...]] = {}
         self._decisions: tuple[Decision, ...] | None = None
         self._queue_samples: list[float] = []
+        self._num_branched = 0
+        self._busy: Sequence[heap.Stretch] = ()
         if program is None:
             for spec in self.junctions:
                 libsumo.trafficlight.setRedYellowGreenState(spec.tls_id, spec.phases[0].state)
@@ -257,10 +262,19 @@ class Simulation:
         distinct = list({tuple(sorted(c.items())): c for c in candidates}.values())
         for candidate in distinct:
             self._require_legal(candidate)
-        found = fork_map(
-            lambda action: self.play(action, horizon_s, follow), distinct, parallel=parallel
-        )
-        return tuple(found[distinct.index(candidate)] for candidate in candidates)
+        looks = self._num_branched % LOOK_EVERY == 0
+        self._num_branched += 1
+
+        def tried(action: JointAction) -> tuple[Outcome, Sequence[heap.Stretch]]:
+            if not looks:
+                heap.copy(self._busy)
+            outcome = self.play(action, horizon_s, follow)
+            return outcome, heap.busy() if looks else self._busy
+
+        found = fork_map(tried, distinct, parallel=parallel)
+        if found:
+            self._busy = found[0][1]
+        return tuple(found[distinct.index(candidate)][0] for candidate in candidates)
 
     def play(self, action: JointAction, horizon_s: float, follow: str) -> Outcome:
         """Execute an action here, follow a controller for the rest of the horizon, measure."""
@@ -294,7 +308,8 @@ class Simulation:
         )
 
     def close(self) -> None:
-        """End the simulation and remove its files."""
+        """End the simulation and its branches and remove its files."""
+        reap()
         if libsumo.isLoaded():
             libsumo.close()
         self._directory.cleanup()
