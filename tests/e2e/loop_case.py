@@ -170,8 +170,8 @@ def first_legal(asked: Asked, kinds: Sequence[str], _: Tried) -> list[Reward]:
     ]
 
 
-def wait_for(found: Callable[[], Any], timeout_s: float = 120.0) -> Any:
-    """The first true value of `found`."""
+def wait_for(found: Callable[[], Any], timeout_s: float = 300.0) -> Any:
+    """The first true value of `found`; starting a learner takes minutes on a busy machine."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         value = found()

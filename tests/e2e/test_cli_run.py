@@ -148,7 +148,7 @@ class Interrupted:
             start_new_session=True,
         )
         try:
-            end = time.monotonic() + 200
+            end = time.monotonic() + 400
             while not checkpoints(folder) and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.02)
             below = psutil.Process(process.pid).children(recursive=True)

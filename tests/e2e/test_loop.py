@@ -335,8 +335,7 @@ def ahead(prepared, generator, tmp_path_factory):
     """Rollout and training overlap; the learner's process is killed behind the fence."""
 
     def kill_the_learner(root, _):
-        # Starting a learner takes minutes on a machine that is busy otherwise.
-        wait_for(lambda: num_logged(root) >= 4, timeout_s=300)
+        wait_for(lambda: num_logged(root) >= 4)
         [pid] = train_worker_pids()
         os.kill(pid, signal.SIGKILL)
 
@@ -551,7 +550,7 @@ def num_reserved() -> int:
 
 def test_a_run_that_is_stopped_gives_back_what_its_learner_held(unsynced_ahead):
     assert unsynced_ahead.error is not None
-    wait_for(lambda: not train_worker_pids() and not num_reserved())
+    wait_for(lambda: not train_worker_pids() and not num_reserved(), timeout_s=120)
 
 
 def test_a_sync_that_does_nothing_stops_an_overlapping_run_at_the_next_fence(unsynced_ahead):
