@@ -6,20 +6,17 @@ so it can run on without leaving a trace.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import stat
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from envs.errors import WorldError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-_answered: list[int] = []
-"""Forks that have answered and are not known to be gone."""
 
 
 def fork_map(
@@ -31,26 +28,13 @@ def fork_map(
         WorldError: a fork died or raised; the cause is `branch_died` or `branch_failed`.
     """
     _assert_single_threaded()
-    files = _written_files()
     results: list[Result] = []
     for start in range(0, len(items), max(1, parallel)):
-        # One that still goes while the next is made costs both 3 ms: they want the same locks.
-        reap()
-        batch = items[start : start + max(1, parallel)]
-        running = [_fork(function, item, files) for item in batch]
+        running = [_fork(function, item) for item in items[start : start + max(1, parallel)]]
         # All of them before the first is judged: nothing runs on behind an error.
-        for answer in [_join(pid, reader) for pid, reader in running]:
-            if isinstance(answer, WorldError):
-                reap()
-                raise answer
-            results.append(answer)
+        ended = [_join(pid, reader) for pid, reader in running]
+        results.extend(_result(data, status) for data, status in ended)
     return results
-
-
-def reap() -> None:
-    """Wait for forks that have answered to be gone."""
-    while _answered:
-        os.waitpid(_answered.pop(), 0)
 
 
 def _assert_single_threaded() -> None:
@@ -59,19 +43,7 @@ def _assert_single_threaded() -> None:
         raise WorldError("threads", f"a process with {threads} threads cannot be forked exactly")
 
 
-def _written_files() -> list[int]:
-    """Regular files and sockets, which a fork must not write to: pipes are between it and us."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        # The descriptor of the listing itself is gone by now.
-        with contextlib.suppress(OSError):
-            mode = os.fstat(int(name)).st_mode
-            if int(name) >= 3 and (stat.S_ISREG(mode) or stat.S_ISSOCK(mode)):
-                found.append(int(name))
-    return found
-
-
-def _fork(function: Callable[[Item], Result], item: Item, files: Sequence[int]) -> tuple[int, int]:
+def _fork(function: Callable[[Item], Result], item: Item) -> tuple[int, int]:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid:
@@ -80,9 +52,7 @@ def _fork(function: Callable[[Item], Result], item: Item, files: Sequence[int]) 
     status = 1
     try:
         os.close(reader)
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in files:
-            os.dup2(null, fd)
+        _detach_files(keep=writer)
         try:
             payload = (True, function(item))
         except Exception as error:
@@ -94,22 +64,36 @@ def _fork(function: Callable[[Item], Result], item: Item, files: Sequence[int]) 
         os._exit(status)
 
 
-def _join(pid: int, reader: int) -> Any:
-    """What a fork found, or the error to raise.
-
-    It does not wait for one that has answered to be gone, which takes milliseconds: the kernel
-    takes its memory apart before it closes the pipe. Whoever asked goes on meanwhile.
-    """
-    with os.fdopen(reader, "rb") as pipe:
+def _detach_files(*, keep: int) -> None:
+    """Point every regular file and socket that is open for writing at /dev/null."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd in (keep, null) or fd < 3:
+            continue
         try:
-            succeeded, value = pickle.load(pipe)
-        except (EOFError, pickle.UnpicklingError):
-            status = os.waitpid(pid, 0)[1]
-            return WorldError("branch_died", f"a branch ended with status {status}")
-    _answered.append(pid)
-    return value if succeeded else WorldError("branch_failed", value)
+            mode = os.fstat(fd).st_mode
+        except OSError:
+            continue
+        if stat.S_ISREG(mode) or stat.S_ISSOCK(mode):
+            os.dup2(null, fd)
+
+
+def _join(pid: int, reader: int) -> tuple[bytes, int]:
+    with os.fdopen(reader, "rb") as pipe:
+        data = pipe.read()
+    return data, os.waitpid(pid, 0)[1]
+
+
+def _result(data: bytes, status: int) -> Any:
+    if not data or status:
+        raise WorldError("branch_died", f"a branch ended with status {status}")
+    succeeded, value = pickle.loads(data)
+    if not succeeded:
+        raise WorldError("branch_failed", value)
+    return value
 
 
 def num_threads(pid: int) -> int:
     """Threads of a process."""
-    return len(os.listdir(f"/proc/{pid}/task"))
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))

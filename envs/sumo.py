@@ -17,7 +17,7 @@ import libsumo
 from envs import detectors, heap, signals
 from envs.controllers import CONTROLLERS, PROGRAMS
 from envs.errors import UserError
-from envs.fork import fork_map, reap
+from envs.fork import fork_map
 from envs.layout import junction_specs
 from envs.ledger import SAMPLE_S, Ledger, world_digest
 from envs.metrics import trip_stats
@@ -308,8 +308,7 @@ class Simulation:
         )
 
     def close(self) -> None:
-        """End the simulation and its branches and remove its files."""
-        reap()
+        """End the simulation and remove its files."""
         if libsumo.isLoaded():
             libsumo.close()
         self._directory.cleanup()
