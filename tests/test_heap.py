@@ -8,7 +8,7 @@ import sys
 # In a process of its own: of one thread, with a heap that it alone has filled.
 FORKS = """
 from envs import heap
-from envs.fork import fork_map, reap
+from envs.fork import fork_map
 
 blocks = [bytearray([number % 251]) * 1000 for number in range(20_000)]
 content = b"".join(blocks)
@@ -31,7 +31,6 @@ assert sum(end - start for start, end in busy) >= 14 << 20, busy
 assert all(end - start >= heap.HUGE_BYTES for start, end in busy), busy
 assert fork_map(copied, [busy, [(0, heap.HUGE_BYTES)]]) == [(True, True), (True, True)]
 assert b"".join(blocks) == content
-reap()
 """
 
 
