@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -188,20 +189,19 @@ def num_logged(root: Path) -> int:
 
 def world_pids() -> list[int]:
     """Processes of simulations below this one."""
-    return [
-        process.pid
-        for process in psutil.Process().children(recursive=True)
-        if "envs.world_process" in " ".join(process.cmdline())
-    ]
+    return _pids_below(lambda command: "envs.world_process" in command)
 
 
 def train_worker_pids() -> list[int]:
     """Processes of Ray Train workers below this one."""
+    return _pids_below(lambda command: command[0].startswith("ray::RayTrainWorker"))
+
+
+def _pids_below(is_wanted: Callable[[list[str]], bool]) -> list[int]:
     found = []
     for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[0].startswith("ray::RayTrainWorker"):
+        # One that has ended by now, such as a branch, has no command line.
+        with contextlib.suppress(psutil.Error, IndexError):
+            if is_wanted(process.cmdline()):
                 found.append(process.pid)
-        except (psutil.Error, IndexError):
-            continue
     return found
