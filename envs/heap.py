@@ -17,8 +17,9 @@ from mmap import PAGESIZE
 
 MADV_POPULATE_WRITE, MADV_COLLAPSE = 23, 25
 HUGE_BYTES = 2 << 20
+PAGEMAP = "/proc/self/pagemap"
 ENTRY_BYTES = 8
-"""What /proc/self/pagemap says of one page."""
+"""What it says of one page."""
 WRITTEN = 1 << 63 | 1 << 56
 """In an entry: in memory, and no other process has it."""
 
@@ -30,10 +31,14 @@ _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def busy() -> list[Stretch]:
-    """Where this fork has written to more than half of 2 MiB since it began."""
+    """Where this fork has written to more than half of 2 MiB since it began; nowhere, if that
+    cannot be seen: sandboxes hide it."""
     found: list[Stretch] = []
     start, end = _heap()
-    pagemap = os.open("/proc/self/pagemap", os.O_RDONLY)
+    try:
+        pagemap = os.open(PAGEMAP, os.O_RDONLY)
+    except OSError:
+        return found
     first = -(-start // HUGE_BYTES) * HUGE_BYTES
     for here in range(first, end - HUGE_BYTES + 1, HUGE_BYTES):
         length, offset = (size // PAGESIZE * ENTRY_BYTES for size in (HUGE_BYTES, here))

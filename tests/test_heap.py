@@ -31,6 +31,8 @@ assert sum(end - start for start, end in busy) >= 14 << 20, busy
 assert all(end - start >= heap.HUGE_BYTES for start, end in busy), busy
 assert fork_map(copied, [busy, [(0, heap.HUGE_BYTES)]]) == [(True, True), (True, True)]
 assert b"".join(blocks) == content
+heap.PAGEMAP = "/nowhere"
+assert fork_map(write_all_over, [None]) == [[]]
 """
 
 
