@@ -99,10 +99,12 @@ def colour(policy: str) -> str:
 
 def label(policy: str) -> str:
     """The policy's name as a person says it."""
+    if policy in _NAMES:
+        return _NAMES[policy]
     kind, _, start = policy.partition(":")
-    if start and kind in ("sft", "grpo") and policy not in _NAMES:
+    if start and kind in ("sft", "grpo"):
         return f"{kind.upper()} from {start.replace('_', '-')}"
-    return _NAMES.get(policy, policy.rstrip("/").rsplit("/", 1)[-1].replace("_", "-"))
+    return policy.rstrip("/").rsplit("/", 1)[-1].replace("_", "-")
 
 
 def delay_bars(bars: Sequence[Bar], *, name: str) -> str:
