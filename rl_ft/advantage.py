@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 EQUAL_REWARDS = 1e-9
 """Rewards closer than this, relative to their size, are one reward: floats add up in any order."""
@@ -31,33 +27,6 @@ def group_advantages(rewards: Sequence[float], valid: Sequence[bool]) -> tuple[f
         return (0.0,) * len(rewards)
     mean = math.fsum(scored) / len(scored)
     return tuple(r - mean if v else 0.0 for r, v in zip(rewards, valid, strict=True))
-
-
-def with_surprise(
-    advantages: Tensor,
-    logps: Tensor,
-    canonical: Tensor,
-    valid: Tensor,
-    *,
-    coef: float,
-    group_size: int,
-) -> Tensor:
-    """Advantages when each canonical completion also earns -coef * log p; all of shape (rows,).
-
-    Maximum-entropy reinforcement learning (Haarnoja et al. 2018, "Soft Actor-Critic", eq. 1) on
-    actions: rare ones are worth more, so several stay alive while they are compared. Only an
-    action's own spelling is paid: a policy that is paid for any rare text learns to misspell.
-
-    Args:
-        advantages: rows of a group side by side, groups of `group_size`.
-        logps: log-probability of each completion as a whole.
-        canonical: completions that are paid.
-        valid: completions that take part at all; the others get 0.
-    """
-    earned = (-coef * logps * (canonical & valid)).view(-1, group_size)
-    alive = valid.view(-1, group_size)
-    mean = earned.sum(1, keepdim=True) / alive.sum(1, keepdim=True).clamp(min=1)
-    return advantages + ((earned - mean) * alive).flatten()
 
 
 def is_zero_variance(rewards: Sequence[float], valid: Sequence[bool]) -> bool:

@@ -4,13 +4,10 @@ A policy that is sure of a wrong phase never samples the right one: its groups a
 teach nothing, however long it trains. But the fork measures every legal phase from the identical
 instant, said or not. So a repeated answer makes way for a legal answer that nobody gave.
 
-Such a row is off-policy: nobody sampled it, and it enters the objective with a ratio of 1; with
-repeats gone, likely answers weigh less in a group than in the policy. What is descended is
-therefore not the policy's expected cost but, together with `grpo.surprise_coef`, how far the
-log-odds of each instant's answers are from their rewards. Where nothing is left to descend, the
-legal answers have the odds of the maximum-entropy policy, softmax(reward / surprise_coef) (Haarnoja
-et al. 2018, "Soft Actor-Critic", section 4), wherever the policy began. With a coefficient of 0
-there is no such point: log-odds grow as long as training goes on.
+Such a row is off-policy: nobody sampled it, and it enters the objective with a ratio of 1. With
+`grpo.target_coef` above 0 it weighs there what it weighs in the policy, next to nothing, and what
+lifts it is the target that the policy is drawn to (`rl_ft.target`). With 0 it counts like any other
+row, and log-odds grow as long as training goes on.
 """
 
 from __future__ import annotations

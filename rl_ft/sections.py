@@ -186,7 +186,7 @@ class RolloutConfig(Section):
     counterfactuals: bool = True
     """A repeated answer makes way for a legal one that the policy did not give, so that phases
     which it would never try are learnt about too (`rl_ft.counterfactual`). Wants a
-    `grpo.surprise_coef` above 0."""
+    `grpo.target_coef` above 0."""
     max_staleness: int = Field(0, ge=0)
     """Groups are collected up to so many steps ahead of the learner, by a policy so many versions
     older: 0 takes turns, 1 overlaps rollout and training. Every `grpo.save_steps` steps they take
@@ -220,10 +220,13 @@ class GrpoConfig(Section):
     beta: float = 0.0
     entropy_coef: float = Field(0.0, ge=0)
     """TRL's bonus in the loss, over the whole vocabulary."""
-    surprise_coef: float = Field(0.2, ge=0)
-    """Adds -coef * log p of a legal answer, in its own spelling, to its advantage: maximum-entropy
-    RL at a temperature of coef * `reward.scale_veh_s`. Unlike `entropy_coef`, only legal answers
-    stay alive."""
+    target_coef: float = Field(0.3, ge=0)
+    """Above 0, a group's answers weigh what they weigh in the policy, not how often they were
+    drawn, and coef * KL(target || policy) over them is taken off the reward (`rl_ft.target`); 0:
+    every row of a group counts alike, as in TRL."""
+    target_temperature: float = Field(0.2, gt=0)
+    """The target is softmax(reward / temperature) over the legal answers: the policy of maximum
+    entropy at a temperature of so many times `reward.scale_veh_s`."""
     groups_per_micro_batch: int = Field(16, gt=0)
     gradient_checkpointing: bool = False
     """Trades time for memory: for models that do not fit otherwise."""

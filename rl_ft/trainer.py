@@ -29,13 +29,13 @@ from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 from trl.trainer.utils import use_adapter  # noqa: E402
 
 from envs.errors import UserError  # noqa: E402
-from rl_ft.advantage import with_surprise  # noqa: E402
 from rl_ft.batch import collate, share_of, split  # noqa: E402
 from rl_ft.checkpoints import admit  # noqa: E402
 from rl_ft.merging import adapter_tensors, full_state_dict  # noqa: E402
 from rl_ft.packing import logps_and_entropies, pack, require_packable  # noqa: E402
 from rl_ft.sharding import shard_on_cpus  # noqa: E402
 from rl_ft.step_sums import StepSums  # noqa: E402
+from rl_ft.target import expected_advantages  # noqa: E402
 from rl_ft.types import RolloutGroup  # noqa: E402
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ class PackedGRPOTrainer(GRPOTrainer):
         on_checkpoint: Callable[[Path], None] | None = None,
         before_update: BeforeUpdate | None = None,
         before_checkpoint: Callable[[int], None] | None = None,
-        surprise_coef: float = 0.0,
+        target_coef: float = 0.0,
+        target_temperature: float = 1.0,
         num_checkpoints: int = 3,
         adapter_only: bool = False,
         peft_config: PeftConfig | None = None,
@@ -121,7 +122,8 @@ class PackedGRPOTrainer(GRPOTrainer):
         self._on_metrics, self._on_checkpoint = on_metrics, on_checkpoint
         self._before_update, self._before_checkpoint = before_update, before_checkpoint
         self._waiting: list[dict[str, Tensor]] = []
-        self._surprise_coef, self._num_checkpoints = surprise_coef, num_checkpoints
+        self._target_coef, self._target_temperature = target_coef, target_temperature
+        self._num_checkpoints = num_checkpoints
         self._adapter_only = adapter_only
         self._inputs: dict[str, Tensor]
         self._forward: tuple[Tensor, Tensor]
@@ -216,19 +218,21 @@ class PackedGRPOTrainer(GRPOTrainer):
         """What only the forward can say of the batch; TRL reads these inputs after it.
 
         Log-probs of answers that nobody sampled: the old policy's too, since one batch is one
-        update, so their ratio is 1. And what surprise earns.
+        update, so their ratio is 1. And how much each answer weighs.
         """
         inputs, mask = self._inputs, self._inputs["completion_mask"]
         inputs["old_per_token_logps"] = torch.where(
             inputs["times_given"][:, None] > 0, inputs["old_per_token_logps"], logps
         )
-        if self._surprise_coef:
-            inputs["advantages"] = with_surprise(
+        if self._target_coef:
+            inputs["advantages"] = expected_advantages(
                 inputs["advantages"],
                 (logps * mask).sum(1),
+                inputs["completion_ids"],
                 inputs["canonical_mask"],
                 mask.any(1),
-                coef=self._surprise_coef,
+                coef=self._target_coef,
+                temperature=self._target_temperature,
                 group_size=self.num_generations,
             )
 

@@ -51,7 +51,7 @@ class RolloutGroup:
     valid: tuple[bool, ...]
     canonical: tuple[bool, ...]
     """Completion i is a legal answer in exactly the tokens that it should have: what
-    `grpo.surprise_coef` is paid on."""
+    the target of `grpo.target_coef` is made of."""
     times_given: tuple[int, ...]
     """How often the policy gave completion i; 0 for one that nobody sampled, and what figures about
     the policy weigh it by."""

@@ -37,7 +37,7 @@ def config(**grpo) -> Config:
         "max_grad_norm": 1e9,
         "lr_scheduler_type": "constant",
         "max_completion_length": 9,
-        "surprise_coef": 0.0,
+        "target_coef": 0.0,
         **grpo,
     }
     return Config.model_validate(

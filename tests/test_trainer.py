@@ -145,20 +145,23 @@ def unsaid(group, *rows):
     return replace(group, completions=tuple(completions), times_given=times)
 
 
-def surprised(folder, group, coef):
-    """The group with what surprise earns reckoned into its advantages by hand."""
-    earned = [
-        -coef * float(logps.sum()) if paid and ok else 0.0
-        for logps, paid, ok in zip(
-            own_logps(folder, group), group.canonical, group.valid, strict=True
-        )
-    ]
-    mean = sum(earned) / sum(group.valid)
-    advantages = [
-        a + e - mean if ok else 0.0
-        for a, e, ok in zip(group.advantages, earned, group.valid, strict=True)
-    ]
+def drawn_to_target(folder, group):
+    """The group with the weights of its answers reckoned into its advantages by hand."""
+    logps = [float(tokens.sum()) for tokens in own_logps(folder, group)]
+    alive = [row for row, ok in enumerate(group.valid) if ok]
+    policy = shares([logps[row] for row in alive])
+    good = [row for row in alive if group.canonical[row]]
+    target = dict(zip(good, shares([group.advantages[row] / 0.5 for row in good]), strict=True))
+    mean = sum(p * group.advantages[row] for row, p in zip(alive, policy, strict=True))
+    advantages = [0.0] * GROUP_SIZE
+    for row, p in zip(alive, policy, strict=True):
+        gain = p * (group.advantages[row] - mean) + 0.4 * (target.get(row, 0.0) - p)
+        advantages[row] = GROUP_SIZE * gain
     return replace(group, advantages=tuple(advantages))
+
+
+def shares(logits):
+    return torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -292,23 +295,26 @@ def test_the_gate_is_told_how_old_the_rows_are(stale):
     assert shown[0][1] < 1e-5 < 1e-3 < shown[1][1]
 
 
-def test_surprise_is_earned_on_what_the_model_thinks_of_an_answer(folder, masked_groups, tmp_path):
+TARGET = {"target_coef": 0.4, "target_temperature": 0.5}
+
+
+def test_answers_weigh_what_the_model_thinks_of_them(folder, masked_groups, tmp_path):
     mixed = [
         replace(group, canonical=tuple(row != number % GROUP_SIZE for row in range(GROUP_SIZE)))
         for number, group in enumerate(masked_groups)
     ]
-    by_hand = packed(folder, [surprised(folder, g, 0.05) for g in mixed], tmp_path)
-    assert_same(packed(folder, mixed, tmp_path, surprise_coef=0.05), by_hand)
+    by_hand = packed(folder, [drawn_to_target(folder, g) for g in mixed], tmp_path)
+    assert_same(packed(folder, mixed, tmp_path, **TARGET), by_hand)
     plain = packed(folder, mixed, tmp_path)
     assert (by_hand[1] - plain[1]).norm() > 1e-2 * plain[1].norm()
-    all_paid = packed(folder, masked_groups, tmp_path, surprise_coef=0.05)
-    assert (by_hand[1] - all_paid[1]).norm() > 1e-2 * all_paid[1].norm()
+    all_canonical = packed(folder, masked_groups, tmp_path, **TARGET)
+    assert (by_hand[1] - all_canonical[1]).norm() > 1e-2 * all_canonical[1].norm()
 
 
-def test_what_nobody_sampled_earns_surprise_too(folder, groups, tmp_path):
+def test_what_nobody_sampled_is_drawn_to_the_target_too(folder, groups, tmp_path):
     before = [unsaid(group, 1, 2) for group in groups]
-    by_hand = [unsaid(surprised(folder, group, 0.05), 1, 2) for group in groups]
-    ours = packed(folder, before, tmp_path, surprise_coef=0.05, groups_per_micro_batch=2)
+    by_hand = [unsaid(drawn_to_target(folder, group), 1, 2) for group in groups]
+    ours = packed(folder, before, tmp_path, **TARGET, groups_per_micro_batch=2)
     assert_same(ours, packed(folder, by_hand, tmp_path))
 
 

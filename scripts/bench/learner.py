@@ -233,7 +233,7 @@ def main() -> None:
                 "max_steps": arguments.steps,
                 "groups_per_micro_batch": arguments.groups_per_micro_batch,
                 # Stock TRL knows none.
-                "surprise_coef": 0.0,
+                "target_coef": 0.0,
             }
             dtype = "float32" if arguments.model == "tiny" else "bfloat16"
             config = Config.model_validate({"grpo": grpo, "model": {"dtype": dtype}})

@@ -36,7 +36,7 @@ SETTINGS = (
     "grpo.save_steps=2",
     # What a step changes is seen, and within what rows of the version before may differ by.
     "grpo.learning_rate=0.003",
-    "grpo.surprise_coef=0.2",
+    "grpo.target_coef=0.3",
     "rollout.max_staleness=1",
     "rollout.tellings=3",
     "rollout.retell_after_steps=1",

@@ -69,7 +69,7 @@ def start_digest(prepared):
 # ---- from a dataset
 
 
-OFFLINE = ("rollout.offline=true", "grpo.surprise_coef=0.2", "grpo.learning_rate=0.03")
+OFFLINE = ("rollout.offline=true", "grpo.target_coef=0.3", "grpo.learning_rate=0.03")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def twins(prepared, generator, tmp_path_factory):
             folder / name,
             generator,
             # So fast that the most likely answers change within three steps.
-            *(*SHORT, *RETOLD, *CHECKED, "grpo.surprise_coef=0.2", "grpo.learning_rate=0.03"),
+            *(*SHORT, *RETOLD, *CHECKED, "grpo.target_coef=0.3", "grpo.learning_rate=0.03"),
         )
         for name in ("one", "two")
     ]
@@ -217,7 +217,7 @@ def many(prepared, generator, tmp_path_factory):
     engine = ray.remote(WatchedGenerator).options(num_cpus=0)
     other = engine.remote(str(prepared / "sft" / START), config, config.seed)
     asked = []
-    settings = (*SHORT, *RETOLD, *CHECKED, "grpo.surprise_coef=0.2", "grpo.learning_rate=0.03")
+    settings = (*SHORT, *RETOLD, *CHECKED, "grpo.target_coef=0.3", "grpo.learning_rate=0.03")
     run = run_loop(
         prepared,
         tmp_path_factory.mktemp("many") / "run",
