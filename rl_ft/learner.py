@@ -151,8 +151,11 @@ def build_trainer(
 
     from rl_ft.adapter import lora_adapter
     from rl_ft.optimizer import use_muon
+    from rl_ft.target import Target
     from rl_ft.trainer import PackedGRPOTrainer
 
+    coef = config.grpo.target_coef
+    target = Target(coef=coef, temperature=config.grpo.target_temperature) if coef else None
     trainer = PackedGRPOTrainer(
         model=model,
         args=grpo_args(config, output_dir=output_dir, num_groups=num_groups),
@@ -163,8 +166,7 @@ def build_trainer(
         on_checkpoint=on_checkpoint,
         before_update=before_update,
         before_checkpoint=before_checkpoint,
-        target_coef=config.grpo.target_coef,
-        target_temperature=config.grpo.target_temperature,
+        target=target,
         num_checkpoints=config.grpo.save_total_limit,
         adapter_only=config.ray.weight_transport == "adapter",
         peft_config=lora_adapter(config.model.lora),

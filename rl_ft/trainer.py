@@ -35,7 +35,7 @@ from rl_ft.merging import adapter_tensors, full_state_dict  # noqa: E402
 from rl_ft.packing import logps_and_entropies, pack, require_packable  # noqa: E402
 from rl_ft.sharding import shard_on_cpus  # noqa: E402
 from rl_ft.step_sums import StepSums  # noqa: E402
-from rl_ft.target import expected_advantages  # noqa: E402
+from rl_ft.target import Target  # noqa: E402
 from rl_ft.types import RolloutGroup  # noqa: E402
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         on_checkpoint: Callable[[Path], None] | None = None,
         before_update: BeforeUpdate | None = None,
         before_checkpoint: Callable[[int], None] | None = None,
-        target_coef: float = 0.0,
-        target_temperature: float = 1.0,
+        target: Target | None = None,
         num_checkpoints: int = 3,
         adapter_only: bool = False,
         peft_config: PeftConfig | None = None,
@@ -122,8 +121,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         self._on_metrics, self._on_checkpoint = on_metrics, on_checkpoint
         self._before_update, self._before_checkpoint = before_update, before_checkpoint
         self._waiting: list[dict[str, Tensor]] = []
-        self._target_coef, self._target_temperature = target_coef, target_temperature
-        self._num_checkpoints = num_checkpoints
+        self._target, self._num_checkpoints = target, num_checkpoints
         self._adapter_only = adapter_only
         self._inputs: dict[str, Tensor]
         self._forward: tuple[Tensor, Tensor]
@@ -224,15 +222,14 @@ class PackedGRPOTrainer(GRPOTrainer):
         inputs["old_per_token_logps"] = torch.where(
             inputs["times_given"][:, None] > 0, inputs["old_per_token_logps"], logps
         )
-        if self._target_coef:
-            inputs["advantages"] = expected_advantages(
+        if self._target is not None:
+            inputs["advantages"] = self._target.advantages(
                 inputs["advantages"],
                 (logps * mask).sum(1),
                 inputs["completion_ids"],
+                inputs["times_given"],
                 inputs["canonical_mask"],
                 mask.any(1),
-                coef=self._target_coef,
-                temperature=self._target_temperature,
                 group_size=self.num_generations,
             )
 

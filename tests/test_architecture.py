@@ -64,6 +64,7 @@ OWNERS = {
         "rl_ft.optimizer",
         "rl_ft.sharding",
         "rl_ft.step_sums",
+        "rl_ft.target",
         "rl_ft.parity",
         "rl_ft.doctor",
         "rl_ft.transfer",

@@ -9,28 +9,39 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl_ft.target import expected_advantages
+from rl_ft.target import Target
 
 REWARDS = [0.0, -0.5, -2.0]
 LOGITS = [1.0, -0.3, 0.4]
 
 
 def advantages(
-    rewards, logps, answers=None, canonical=None, valid=None, *, coef=0.3, group_size=None
+    rewards,
+    logps,
+    answers=None,
+    canonical=None,
+    valid=None,
+    *,
+    given=None,
+    coef=0.3,
+    group_size=None,
 ):
-    """Of lists; `answers` are rows' token ids, by default all different."""
+    """Of lists; `answers` are rows' token ids, by default all different, each given once."""
     num = len(rewards)
     rows = answers or range(num)
-    return expected_advantages(
-        torch.tensor(rewards, dtype=torch.float64),
-        torch.tensor(logps, dtype=torch.float64),
-        torch.tensor([[row, 7] for row in rows]),
-        torch.tensor(canonical or [True] * num),
-        torch.tensor(valid or [True] * num),
-        coef=coef,
-        temperature=0.2,
-        group_size=group_size or num,
-    ).tolist()
+    return (
+        Target(coef=coef, temperature=0.2)
+        .advantages(
+            torch.tensor(rewards, dtype=torch.float64),
+            torch.tensor(logps, dtype=torch.float64),
+            torch.tensor([[row, 7] for row in rows]),
+            torch.tensor(given or [1] * num),
+            torch.tensor(canonical or [True] * num),
+            torch.tensor(valid or [True] * num),
+            group_size=group_size or num,
+        )
+        .tolist()
+    )
 
 
 def objective(logits, coef):
@@ -65,14 +76,20 @@ def test_a_bad_answer_that_the_policy_never_gives_is_left_alone():
 
 
 def test_a_misspelling_is_never_a_target():
-    right, misspelt = advantages([0.0, 0.0], [math.log(0.5)] * 2, canonical=[True, False])
-    assert right == pytest.approx(2 * 0.3 * 0.5)
+    right, misspelt = advantages([0.0, 0.0], [-1.0, -3.0], canonical=[True, False], given=[3, 1])
+    assert right == pytest.approx(2 * 0.3 * 0.25)
     assert misspelt == pytest.approx(-right)
 
 
+def test_a_misspelling_weighs_as_often_as_it_was_given_however_unlikely_each_is():
+    """Of all misspellings a group holds what was drawn: to weigh them again would forgive them."""
+    logps, given = [-0.1, -30.0, -9.0], [6, 2, 0]
+    earned = advantages([0.0, -4.0, 0.0], logps, None, [True, False, True], given=given)
+    assert earned[1] == pytest.approx(3 * 0.25 * (-4.0 + 1.0 - 0.3), rel=1e-6)
+
+
 def test_a_group_of_misspellings_ascends_its_reward_alone():
-    logps = [math.log(0.25), math.log(0.75)]
-    better, worse = advantages([0.0, -2.0], logps, canonical=[False, False])
+    better, worse = advantages([0.0, -2.0], [-1.0, -2.0], canonical=[False, False], given=[1, 3])
     assert better == pytest.approx(2 * 0.25 * 1.5)
     assert worse == pytest.approx(-better)
 

@@ -149,12 +149,16 @@ def drawn_to_target(folder, group):
     """The group with the weights of its answers reckoned into its advantages by hand."""
     logps = [float(tokens.sum()) for tokens in own_logps(folder, group)]
     alive = [row for row, ok in enumerate(group.valid) if ok]
-    policy = shares([logps[row] for row in alive])
     good = [row for row in alive if group.canonical[row]]
+    num = sum(group.times_given[row] for row in alive)
+    policy = {row: group.times_given[row] / num for row in alive if row not in good}
+    rest = 1 - sum(policy.values())
+    canonical = shares([logps[row] for row in good])
+    policy |= {row: rest * p for row, p in zip(good, canonical, strict=True)}
     target = dict(zip(good, shares([group.advantages[row] / 0.5 for row in good]), strict=True))
-    mean = sum(p * group.advantages[row] for row, p in zip(alive, policy, strict=True))
+    mean = sum(p * group.advantages[row] for row, p in policy.items())
     advantages = [0.0] * GROUP_SIZE
-    for row, p in zip(alive, policy, strict=True):
+    for row, p in policy.items():
         gain = p * (group.advantages[row] - mean) + 0.4 * (target.get(row, 0.0) - p)
         advantages[row] = GROUP_SIZE * gain
     return replace(group, advantages=tuple(advantages))
@@ -412,7 +416,7 @@ def test_two_ranks_take_the_step_of_one(folder, masked_groups, tmp_path):
             "loss_type": loss_type,
             "groups_per_micro_batch": 1,
             "entropy_coef": 0.05,
-            "surprise_coef": 0.05,
+            "target_coef": 0.3,
             "importance_sampling_level": level,
         }
         for loss_type, level in (
