@@ -30,7 +30,7 @@ def command(*arguments):
     return [str(Path(sys.executable).with_name("rl-ft")), *map(str, arguments)]
 
 
-def rl_ft(*arguments, timeout_s=550):
+def rl_ft(*arguments, timeout_s=1100):
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout_s)
 
 
