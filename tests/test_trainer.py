@@ -145,6 +145,9 @@ def unsaid(group, *rows):
     return replace(group, completions=tuple(completions), times_given=times)
 
 
+TARGET = {"target_coef": 0.4, "target_temperature": 0.5}
+
+
 def drawn_to_target(folder, group):
     """The group with the weights of its answers reckoned into its advantages by hand."""
     logps = [float(tokens.sum()) for tokens in own_logps(folder, group)]
@@ -155,12 +158,13 @@ def drawn_to_target(folder, group):
     rest = 1 - sum(policy.values())
     canonical = shares([logps[row] for row in good])
     policy |= {row: rest * p for row, p in zip(good, canonical, strict=True)}
-    target = dict(zip(good, shares([group.advantages[row] / 0.5 for row in good]), strict=True))
+    scaled = [group.advantages[row] / TARGET["target_temperature"] for row in good]
+    target = dict(zip(good, shares(scaled), strict=True))
     mean = sum(p * group.advantages[row] for row, p in policy.items())
     advantages = [0.0] * GROUP_SIZE
     for row, p in policy.items():
-        gain = p * (group.advantages[row] - mean) + 0.4 * (target.get(row, 0.0) - p)
-        advantages[row] = GROUP_SIZE * gain
+        pull = TARGET["target_coef"] * (target.get(row, 0.0) - p)
+        advantages[row] = GROUP_SIZE * (p * (group.advantages[row] - mean) + pull)
     return replace(group, advantages=tuple(advantages))
 
 
@@ -297,9 +301,6 @@ def test_the_gate_is_told_how_old_the_rows_are(stale):
     _, shown, *_ = stale
     assert [(step, staleness) for step, _, staleness in shown] == [(0, 0), (1, 1)]
     assert shown[0][1] < 1e-5 < 1e-3 < shown[1][1]
-
-
-TARGET = {"target_coef": 0.4, "target_temperature": 0.5}
 
 
 def test_answers_weigh_what_the_model_thinks_of_them(folder, masked_groups, tmp_path):

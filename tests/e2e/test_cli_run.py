@@ -20,7 +20,8 @@ import yaml
 from rl_ft.monitor import read_metrics
 from rl_ft.weights import digest, read_folder
 
-pytestmark = pytest.mark.e2e
+# A whole run takes ten minutes on a slow machine.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 STAGE = "grpo/max_pressure"
 STEPS = 12
