@@ -215,14 +215,16 @@ class PackedGRPOTrainer(GRPOTrainer):
     def _take_in(self, logps: Tensor) -> None:
         """What only the forward can say of the batch; TRL reads these inputs after it.
 
-        Log-probs of answers that nobody sampled: the old policy's too, since one batch is one
-        update, so their ratio is 1. And how much each answer weighs.
+        How much each answer weighs, and which ratio is 1: of what nobody sampled, since one batch
+        is one update, and of what weighs as much as it does in the policy of now.
         """
         inputs, mask = self._inputs, self._inputs["completion_mask"]
-        inputs["old_per_token_logps"] = torch.where(
-            inputs["times_given"][:, None] > 0, inputs["old_per_token_logps"], logps
-        )
+        of_now = inputs["times_given"] == 0
+        sampled = torch.where(of_now[:, None], logps, inputs["old_per_token_logps"])
+        inputs["sampled_per_token_logps"] = inputs["old_per_token_logps"] = sampled
         if self._target is not None:
+            canonical = inputs["canonical_mask"]
+            inputs["old_per_token_logps"] = torch.where(canonical[:, None], logps, sampled)
             inputs["advantages"] = self._target.advantages(
                 inputs["advantages"],
                 (logps * mask).sum(1),
@@ -258,7 +260,7 @@ class PackedGRPOTrainer(GRPOTrainer):
                 f"the loss of step {self.state.global_step} is {loss.item()}; nothing was updated"
             )
         del self._forward, self._inputs
-        self._sums.add_tokens(logps, entropies, inputs["old_per_token_logps"], weights)
+        self._sums.add_tokens(logps, entropies, inputs["sampled_per_token_logps"], weights)
         self._sums.add_size(inputs["completion_mask"])
         self._sums.add_time("forward", time.perf_counter() - started)
         return loss

@@ -104,12 +104,16 @@ def model_folder(parent: Path) -> Path:
 def in_two_ranks(function: Callable[..., None], *args: object) -> None:
     """Call `function(rank, *args)` in two processes that gloo connects.
 
-    Forked, since importing TRL twice more would cost more than all that is tested in them.
+    Forked, since importing TRL twice more would cost more than all that is tested in them; from a
+    process that did nothing else, since an engine that was built in this one left its group behind.
     """
+    import multiprocessing
+
     import torch
 
+    multiprocessing.set_forkserver_preload([function.__module__])
     torch.multiprocessing.start_processes(
-        _rank, args=(free_port(), function, args), nprocs=2, start_method="fork"
+        _rank, args=(free_port(), function, args), nprocs=2, start_method="forkserver"
     )
 
 

@@ -149,8 +149,10 @@ TARGET = {"target_coef": 0.4, "target_temperature": 0.5}
 
 
 def drawn_to_target(folder, group):
-    """The group with the weights of its answers reckoned into its advantages by hand."""
-    logps = [float(tokens.sum()) for tokens in own_logps(folder, group)]
+    """The group with the weights of its answers reckoned into its advantages by hand, and what
+    weighs as in the policy of now sampled by that."""
+    now = own_logps(folder, group)
+    logps = [float(tokens.sum()) for tokens in now]
     alive = [row for row, ok in enumerate(group.valid) if ok]
     good = [row for row in alive if group.canonical[row]]
     num = sum(group.times_given[row] for row in alive)
@@ -165,7 +167,11 @@ def drawn_to_target(folder, group):
     for row, p in policy.items():
         pull = TARGET["target_coef"] * (target.get(row, 0.0) - p)
         advantages[row] = GROUP_SIZE * (p * (group.advantages[row] - mean) + pull)
-    return replace(group, advantages=tuple(advantages))
+    completions = [
+        replace(answer, logprobs=tuple(now[row].tolist())) if row in good else answer
+        for row, answer in enumerate(group.completions)
+    ]
+    return replace(group, advantages=tuple(advantages), completions=tuple(completions))
 
 
 def shares(logits):
@@ -309,8 +315,13 @@ def test_answers_weigh_what_the_model_thinks_of_them(folder, masked_groups, tmp_
         for number, group in enumerate(masked_groups)
     ]
     by_hand = packed(folder, [drawn_to_target(folder, g) for g in mixed], tmp_path)
-    assert_same(packed(folder, mixed, tmp_path, **TARGET), by_hand)
+    ours = packed(folder, mixed, tmp_path, **TARGET)
+    assert_same(ours, by_hand)
     plain = packed(folder, mixed, tmp_path)
+    # The gate is shown what was sampled, whatever it weighs.
+    seen = "mismatch/mean_abs_logp_diff"
+    assert ours[2][seen] == pytest.approx(plain[2][seen], rel=1e-5)
+    assert ours[2][seen] > by_hand[2][seen]
     assert (by_hand[1] - plain[1]).norm() > 1e-2 * plain[1].norm()
     all_canonical = packed(folder, masked_groups, tmp_path, **TARGET)
     assert (by_hand[1] - all_canonical[1]).norm() > 1e-2 * all_canonical[1].norm()
