@@ -101,6 +101,8 @@ def ray_session(config: Config) -> Iterator[None]:
             # The thread that exports them can crash its process (Ray 2.60: a segmentation fault in
             # TemporalMetricStorage::buildMetrics), and hardly anybody collects a private cluster's.
             os.environ.setdefault("RAY_enable_metrics_collection", "0")
+        # A process for every training that looks out for nodes that a cloud is about to take away.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         with Progress("starting Ray"), late_interrupt():
             ray.init(
                 address="local",

@@ -372,7 +372,7 @@ def whole_life(ray_cluster, folder, tmp_path_factory):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("num_ranks", "sharding"), [(1, "none"), (2, "none"), (2, "fsdp")])
+@pytest.mark.parametrize(("num_ranks", "sharding"), [(1, "none"), (2, "fsdp")])
 def test_a_killed_worker_resumes_and_ends_with_the_same_weights(
     whole_life, folder, tmp_path, num_ranks, sharding
 ):

@@ -44,6 +44,8 @@ CHECKED = (
     # The mean is left, whatever the checks say.
     "check.min_improvement_s=1000",
 )
+# So fast that the most likely answers change within three steps.
+FAST = ("grpo.target_coef=0.3", "grpo.learning_rate=0.03")
 SHORT = ("grpo.max_steps=3", "grpo.learning_rate=0.002", "grpo.save_steps=3")
 TOY_STEPS = 30
 TOY = (
@@ -58,6 +60,7 @@ TOY = (
     "rollout.behaviour.policy=0",
     "reward.horizon_s=10",
 )
+TWIN = (*SHORT, *RETOLD, *CHECKED, *FAST)
 WALL_CLOCK = ("time/", "system/", "rate/", "idle/")
 
 
@@ -67,9 +70,6 @@ def start_digest(prepared):
 
 
 # ---- from a dataset
-
-
-OFFLINE = ("rollout.offline=true", "grpo.target_coef=0.3", "grpo.learning_rate=0.03")
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +83,16 @@ def offline(prepared, generator, tmp_path_factory):
     rows.write_text("".join(lines))
     vouch(rows)
     simulations = {}
+    settings = (*SHORT, *RETOLD, *FAST, "rollout.offline=true")
 
     def watch(root, worlds):
         wait_for(lambda: num_logged(root))
         simulations[root.name] = len(world_pids())
 
     runs = [
-        run_loop(prepared, root / name, generator, *SHORT, *RETOLD, *OFFLINE, meanwhile=watch)
+        run_loop(prepared, root / name, generator, *settings, meanwhile=watch)
         for name in ("one", "two")
     ]
-    run_loop(prepared, root / "online", generator, *SHORT, "grpo.max_steps=1", meanwhile=watch)
     return runs, simulations
 
 
@@ -105,9 +105,7 @@ def test_a_dataset_alone_trains(offline, start_digest):
 
 
 def test_no_simulation_runs_meanwhile(offline):
-    counted = offline[1]
-    assert counted.pop("online") > 0
-    assert counted == {"one": 0, "two": 0}
+    assert offline[1] == {"one": 0, "two": 0}
 
 
 def test_the_order_of_the_rows_changes_nothing(offline):
@@ -127,8 +125,7 @@ def twins(prepared, generator, tmp_path_factory):
             prepared,
             folder / name,
             generator,
-            # So fast that the most likely answers change within three steps.
-            *(*SHORT, *RETOLD, *CHECKED, "grpo.target_coef=0.3", "grpo.learning_rate=0.03"),
+            *TWIN,
         )
         for name in ("one", "two")
     ]
@@ -217,12 +214,11 @@ def many(prepared, generator, tmp_path_factory):
     engine = ray.remote(WatchedGenerator).options(num_cpus=0)
     other = engine.remote(str(prepared / "sft" / START), config, config.seed)
     asked = []
-    settings = (*SHORT, *RETOLD, *CHECKED, "grpo.target_coef=0.3", "grpo.learning_rate=0.03")
     run = run_loop(
         prepared,
         tmp_path_factory.mktemp("many") / "run",
         generator,
-        *(*settings, "ray.num_learners=2", "ray.num_world_actors=2"),
+        *(*TWIN, "ray.num_learners=2", "ray.num_world_actors=2"),
         others=[other],
         meanwhile=lambda root, _: asked.append(wait_for(lambda: len(train_worker_pids()) == 2)),
     )
@@ -254,7 +250,7 @@ def test_trainer_and_all_samplers_agree(many):
 
 @pytest.fixture(scope="module")
 def adapted(prepared, generator, tmp_path_factory):
-    settings = ("model.lora.r=4", "ray.weight_transport=adapter", "grpo.learning_rate=0.03")
+    settings = ("model.lora.r=4", "ray.weight_transport=adapter", *FAST)
     return run_loop(
         prepared, tmp_path_factory.mktemp("adapted") / "run", generator, *SHORT, *settings
     )
@@ -275,6 +271,7 @@ def still(prepared, generator, tmp_path_factory):
 
     def kill_a_world(root, worlds):
         wait_for(lambda: num_logged(root) >= 1)
+        assert world_pids()
         [pid, *_] = ray.get(worlds[0].post.actor.pids.remote())
         os.kill(pid, signal.SIGKILL)
 
@@ -456,49 +453,45 @@ def test_a_killed_learner_goes_on_from_its_checkpoint_and_so_does_the_sampler(to
     assert dict(toy.loaded[:again])[version] == weights
 
 
-HANGS = ("grpo.max_steps=4", "grpo.save_steps=1", "ray.learner_timeout_s=20")
-
-
-def stop_the_learner(root):
-    """Its process, once it has trained two steps; returns which that is."""
-    wait_for(lambda: num_logged(root) >= 2)
-    [pid] = train_worker_pids()
-    os.kill(pid, signal.SIGSTOP)
-    return pid
-
-
 @pytest.fixture(scope="module")
 def hung(prepared, generator, tmp_path_factory):
-    """The learner's process stops without ending; whose it was."""
+    """The learner's process stops without ending, once more often than is borne; whose it was."""
     pids = []
-    root = tmp_path_factory.mktemp("hung") / "run"
+
+    def stop_the_learner(root, _):
+        for _ in range(2):
+            [pid] = wait_for(lambda: set(train_worker_pids()) - set(pids))
+            num = num_logged(root)
+            wait_for(lambda num=num: num_logged(root) > num)
+            os.kill(pid, signal.SIGSTOP)
+            pids.append(pid)
+
     outcome = run_loop(
-        prepared, root, generator, *HANGS, meanwhile=lambda *_: pids.append(stop_the_learner(root))
+        prepared,
+        tmp_path_factory.mktemp("hung") / "run",
+        generator,
+        *("grpo.max_steps=8", "grpo.save_steps=1", "ray.learner_timeout_s=20"),
+        "ray.max_failures=1",
+        meanwhile=stop_the_learner,
     )
     return outcome, pids
 
 
-def test_a_learner_that_hangs_is_replaced_and_goes_on_to_the_last_step(hung):
-    outcome, _ = hung
-    assert outcome.error is None
-    assert outcome.step_numbers == [1, 2, 3, 4]
+def test_a_learner_that_hangs_is_replaced_and_goes_on(hung):
+    outcome, pids = hung
+    assert len(pids) == 2
+    assert outcome.step_numbers[:2] == [1, 2]
 
 
 def test_a_learner_that_hangs_is_gone_afterwards(hung):
-    _, [pid] = hung
-    assert not psutil.pid_exists(pid)
+    _, pids = hung
+    wait_for(lambda: not any(map(psutil.pid_exists, pids)), timeout_s=120)
 
 
-def test_a_learner_that_hangs_too_often_ends_the_run_with_the_cause(prepared, generator, tmp_path):
-    outcome = run_loop(
-        prepared,
-        tmp_path / "run",
-        generator,
-        *(*HANGS, "ray.max_failures=0"),
-        meanwhile=lambda root, _: stop_the_learner(root),
-    )
+def test_a_learner_that_hangs_too_often_ends_the_run_with_the_cause(hung):
+    outcome, _ = hung
     assert isinstance(outcome.error, LearnerError)
-    assert "published nothing for 20 s, 1 times" in str(outcome.error)
+    assert "published nothing for 20 s, 2 times" in str(outcome.error)
 
 
 def test_the_saved_model_is_the_mean_of_the_later_checkpoints(toy):
