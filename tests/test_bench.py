@@ -33,7 +33,7 @@ def bench(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(BENCH / name), *arguments],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
 
@@ -213,7 +213,7 @@ def test_the_plain_way_meets_the_same_states_and_starts_sumo_for_every_legal_ans
         cwd=BENCH,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
     assert not done.returncode, done.stderr

@@ -21,7 +21,7 @@ HEAVY = ("torch", "ray", "vllm", "trl", "transformers", "peft", "libsumo", "data
 def rl_ft(*arguments, cwd=None):
     """The command as a user runs it."""
     command = [sys.executable, "-m", "rl_ft.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
 def call(monkeypatch, *arguments):
@@ -258,7 +258,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     )
     assert process.stdout.readline() == "ready\n"
     os.kill(process.pid, signal.SIGINT)
-    _, shown = process.communicate(timeout=30)
+    _, shown = process.communicate(timeout=120)
     assert process.returncode == 130
     assert f"rl-ft: interrupted; to go on: rl-ft run --out {out} --resume" in shown
     assert ending(out) == "interrupted"

@@ -148,7 +148,7 @@ def test_it_prints_and_writes_what_every_policy_reached_on_the_same_seeds(scenar
         [sys.executable, str(FILE), "--scenario", scenario.name, *options],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert not done.returncode, done.stderr
@@ -178,7 +178,7 @@ def test_a_wrong_option_is_said_before_the_training(option, value, said):
         [sys.executable, str(FILE), option, value],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2

@@ -357,12 +357,3 @@ def test_an_adapter_drives_beside_the_model_of_the_run(lora_run, short_city, tmp
     assert [place.name for place in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.vllm
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_whole_model_drives_exactly_as_the_one_of_the_run(full_run, short_city, tmp_path):
-    out = exported(full_run, "merged", tmp_path / "out", scenarios=[short_city], seeds=2)
-    found = facts(out)["comparison"]
-    assert found["largest_weight_difference"] == 0
-    assert found["equal_episodes"] == 2
-    assert [d["mean_difference_s"] for d in found["differences"]] == [0]

@@ -173,13 +173,13 @@ def test_an_interrupted_evaluation_goes_on_to_what_it_would_have_been(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=180)
     assert process.returncode == 130
     assert "--resume plays the others" in " ".join(said.decode().split())
     begun = episodes.read_text()
     assert 2 <= begun.count("\n") < 12
-    subprocess.run(evaluate(tmp_path / "stopped", 12, "--resume"), check=True, timeout=120)
-    subprocess.run(evaluate(tmp_path / "straight", 12), check=True, timeout=120)
+    subprocess.run(evaluate(tmp_path / "stopped", 12, "--resume"), check=True, timeout=300)
+    subprocess.run(evaluate(tmp_path / "straight", 12), check=True, timeout=300)
     assert episodes.read_text().startswith(begun)
     assert results(tmp_path / "stopped") == results(tmp_path / "straight")
 

@@ -55,7 +55,7 @@ def train(root: Path, *moment: object) -> int:
     command = [sys.executable, str(MORTAL), str(root), *map(str, moment), "--", *SETTINGS]
     command.append(f"monitor.mirror={copy_of(root)}")
     with (root / "out.log").open("a") as out:
-        return subprocess.run(command, stdout=out, stderr=out, timeout=300).returncode
+        return subprocess.run(command, stdout=out, stderr=out, timeout=900).returncode
 
 
 def start(prepared: Path, root: Path) -> Path:

@@ -22,7 +22,7 @@ from rl_ft.monitor import read_metrics
 from rl_ft.run_folder import RunFolder
 from rl_ft.sweep_folder import SweepFolder
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.e2e, pytest.mark.ray]
 
 START = "max_pressure"
 STAGE = f"grpo/{START}"
@@ -38,7 +38,7 @@ def rl_ft(*arguments):
     return [sys.executable, "-m", "rl_ft.cli", *map(str, arguments)]
 
 
-def wait_until(found, process, timeout_s=500):
+def wait_until(found, process, timeout_s=900):
     end = time.monotonic() + timeout_s
     while not found():
         assert process.poll() is None, "the sweep ended before it was killed"
@@ -94,7 +94,7 @@ def resumed(killed):
             said = reader.submit(process.communicate)
             wait_until(prepared.exists, process)
             os.killpg(process.pid, signal.SIGINT)
-            stdout, stderr = said.result(timeout=120)
+            stdout, stderr = said.result(timeout=300)
     finally:
         process.kill()
     return SweepFolder.open(root / "sweep"), process.returncode, stdout, stderr
