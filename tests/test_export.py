@@ -132,8 +132,9 @@ def test_the_code_of_the_card_asks_the_exported_model(form, request, monkeypatch
     exec(code, names)
     assert names["messages"] == row["messages"][:-1]
     assert names["answer"].shape[1] > names["chat"]["input_ids"].shape[1]
-    said = names["answer"][0, names["chat"]["input_ids"].shape[1] :]
-    assert capsys.readouterr().out == names["tokenizer"].decode(said, skip_special_tokens=True) + "\n"
+    answer = names["answer"][0, names["chat"]["input_ids"].shape[1] :]
+    said = names["tokenizer"].decode(answer, skip_special_tokens=True)
+    assert capsys.readouterr().out == said + "\n"
 
 
 def test_without_a_place_of_its_own_an_export_lies_in_the_run(full_run):
