@@ -57,7 +57,7 @@ def generate(seed: int, directory: Path) -> Scenario:
 def fingerprint() -> str:
     """Name of this way to generate: another one (code or SUMO) never finds the files of this."""
     digest = hashlib.sha256(importlib.metadata.version("eclipse-sumo").encode())
-    for name in ("city.py", "lane_use.py", "program.py", "generator.py"):
+    for name in ("city.py", "lane_use.py", "program.py", "signals.py", "generator.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()[:8]
 

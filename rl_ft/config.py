@@ -190,17 +190,21 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _judged_on_what_chose_nothing(self) -> Config:
+    def _judged_on_what_made_nothing(self) -> Config:
+        trained, judged, checked = (
+            set(map(unpaced, expand(names)))
+            for names in (self.scenarios.train, self.scenarios.held_out, self.check.scenarios)
+        )
+        pairs = {"scenarios.train and scenarios.held_out": trained & judged}
         if self.check.every_steps:
-            checked, judged = (
-                set(map(unpaced, expand(names)))
-                for names in (self.check.scenarios, self.scenarios.held_out)
-            )
-            shared = checked & judged
+            pairs["check.scenarios and scenarios.train"] = checked & trained
+            pairs["check.scenarios and scenarios.held_out"] = checked & judged
+        for keys, shared in pairs.items():
             if shared:
                 raise ValueError(
-                    f"check.scenarios and scenarios.held_out share {', '.join(sorted(shared))}: "
-                    "checks choose the model, so what it is judged on must be something else"
+                    f"{keys} share {', '.join(sorted(shared))}: training makes the model, checks "
+                    "choose it, and what it is judged on must be something else "
+                    "(evaluate.num_train_scenarios has it driven on what it was trained on too)"
                 )
         return self
 

@@ -251,8 +251,9 @@ def _comparisons(
                 "scenario": scenario,
                 "versus": other,
                 "mean_difference_s": found.mean,
-                "low_s": found.low,
-                "high_s": found.high,
+                # JSON has no infinity: one pair has no bounds.
+                "low_s": found.low if found.n > 1 else None,
+                "high_s": found.high if found.n > 1 else None,
                 "n": found.n,
             }
 
@@ -320,4 +321,8 @@ def _share_text(count: int, total: int) -> str:
 
 
 def _interval_text(found: Row) -> str:
-    return f"{found['mean_difference_s']:+.1f} [{found['low_s']:+.1f}, {found['high_s']:+.1f}]"
+    """A comparison as one reads it; of one pair, there are no bounds."""
+    mean = f"{found['mean_difference_s']:+.1f}"
+    if found["low_s"] is None:
+        return mean
+    return f"{mean} [{found['low_s']:+.1f}, {found['high_s']:+.1f}]"

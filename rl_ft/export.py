@@ -237,11 +237,6 @@ def _compare(
         for policy in (RUN, EXPORT)
     ]
     equal = sum(one == other for one, other in zip(*by_policy, strict=True))
-    for row in results["comparisons"]:
-        log.info(
-            "%s: %+.2f s to the model in the run [%+.2f, %+.2f]",
-            *(row[key] for key in ("scenario", "mean_difference_s", "low_s", "high_s")),
-        )
     log.info("%d of %d episodes are the same in every figure", equal, len(by_policy[0]))
     return found | {
         "equal_episodes": equal,

@@ -17,7 +17,14 @@ from envs.scenario import load_scenario, scenario_names
 from envs.types import Decision, JunctionSpec, Phase, Scenario
 from envs.world import World
 from rl_ft.config import Config
-from rl_ft.recipe import differences, flatten, load_config, recipe_names
+from rl_ft.recipe import (
+    DEFAULT_RECIPE,
+    differences,
+    flatten,
+    load_config,
+    purpose,
+    recipe_names,
+)
 from rl_ft.replay import Replayed
 
 _KINDS = (
@@ -75,13 +82,15 @@ def num_departures(scenario: Scenario) -> float:
 
 
 def list_recipes(console: Console) -> None:
-    """The recipes that ship with the package, by how much they change."""
-    table = Table("recipe", "changes from the defaults", title="recipes")
+    """The recipes that ship with the package, and what each is for."""
+    table = Table("recipe", "what it is for", "changes", title="recipes", show_lines=True)
     for name in recipe_names():
         changed = differences(Config(), load_config(name))
-        table.add_row(name, f"{len(changed)} keys" if changed else "none")
+        table.add_row(name, purpose(name), f"{len(changed)} keys")
     console.print(table)
-    console.print("`rl-ft recipes NAME` shows what a recipe changes")
+    console.print(
+        f"The default is {DEFAULT_RECIPE}; `rl-ft recipes NAME` shows what a recipe changes"
+    )
 
 
 def show_recipe(console: Console, name: str, *, every_key: bool = False) -> None:

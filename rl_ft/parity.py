@@ -101,15 +101,8 @@ class MismatchGate:
         gate.observe(step, mean_abs_diff, staleness=1)
     """
 
-    def __init__(
-        self,
-        bound: float,
-        *,
-        stale_bound: float = math.inf,
-        diagnose: Callable[[], str] | None = None,
-    ) -> None:
+    def __init__(self, bound: float, *, stale_bound: float = math.inf) -> None:
         self._bound, self._stale_bound = bound, stale_bound
-        self._diagnose = diagnose
 
     def observe(self, step: int, mean_abs_diff: float, staleness: int = 0) -> None:
         """ParityError if the difference is beyond the bound or no number.
@@ -119,10 +112,9 @@ class MismatchGate:
         bound = self._stale_bound if staleness else self._bound
         if mean_abs_diff <= bound:
             return
-        cause = self._diagnose() if self._diagnose else UNKNOWN
         name = "max_stale_logprob_diff" if staleness else "max_logprob_diff"
         raise ParityError(
-            cause,
+            UNKNOWN,
             f"at step {step} trainer and sampler differ by {mean_abs_diff:.3g} nats per token on "
             f"average, more than parity.{name} = {bound:.3g}, on rows that are {staleness} "
             "version(s) old; nothing was updated",

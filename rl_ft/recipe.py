@@ -7,6 +7,7 @@ A recipe is a small YAML file with only what differs from the defaults. Whatever
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -42,6 +43,12 @@ def recipe_names() -> tuple[str, ...]:
     """Names of the recipes that ship with the package, in order."""
     folder = resources.files("rl_ft") / "recipes"
     return tuple(sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml")))
+
+
+def purpose(name: str) -> str:
+    """What a shipped recipe is for: the first sentence of the comment that it begins with."""
+    said = itertools.takewhile(lambda line: line.startswith("#"), _text(name).splitlines())
+    return " ".join(line.removeprefix("# ") for line in said).partition(". ")[0].rstrip(".") + "."
 
 
 def load_config(
@@ -101,8 +108,7 @@ def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
 def _read(recipe: str) -> tuple[str, Tree]:
     names = recipe_names()
     if recipe in names:
-        text = (resources.files("rl_ft") / "recipes" / f"{recipe}.yaml").read_text()
-        return recipe, _parse(text, f"recipe {recipe}")
+        return recipe, _parse(_text(recipe), f"recipe {recipe}")
     file = Path(recipe)
     if file.is_file():
         try:
@@ -113,6 +119,10 @@ def _read(recipe: str) -> tuple[str, Tree]:
     raise UserError(
         f"recipe {recipe} is neither a file nor one of {', '.join(names)}" + nearest(recipe, names)
     )
+
+
+def _text(name: str) -> str:
+    return (resources.files("rl_ft") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def _parse(text: str, source: str) -> Tree:

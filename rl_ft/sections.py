@@ -89,7 +89,7 @@ class PrepareConfig(Section):
     num_states: int = Field(1600, gt=0)
     num_lesson_states: int | None = Field(None, gt=0)
     """How many of them become lessons of the supervised start; None: all."""
-    num_eval_states: int = Field(200, ge=0)
+    num_eval_states: int = Field(200, gt=0)
     teachers: tuple[Teacher, ...] = ("max_pressure",)
     """One supervised start each, and each is reinforced by itself; `given` is the model of
     `model.name_or_path` as it is, which was trained before."""
@@ -318,7 +318,7 @@ class EvaluateConfig(Section):
     lookahead_horizon_s: float = Field(30.0, gt=0)
     fallback: Controller = "max_pressure"
     """Decides where a model's answer is invalid; counted."""
-    num_tellings: int = Field(8, ge=1)
+    num_tellings: int = Field(3, ge=1)
     """A model that is not sure is asked so often, in other orders and names, and its answers vote
     (`rl_ft.vote`); 1: once."""
 

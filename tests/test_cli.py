@@ -116,6 +116,7 @@ def test_recipes_are_listed(monkeypatch, capsys):
     assert call(monkeypatch, "recipes") == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in recipe_names())
+    assert "proves that a machine works, learns nothing." in " ".join(shown.split())
 
 
 def test_a_recipe_shows_what_it_changes(monkeypatch, capsys):

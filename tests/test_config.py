@@ -71,6 +71,18 @@ def test_what_chooses_the_model_must_not_judge_it():
     Config.model_validate({"check": check | {"every_steps": 0}, "scenarios": judged})
 
 
+def test_what_makes_the_model_must_not_choose_or_judge_it():
+    for held_out in ("generated:7", "generated:7@15"):
+        scenarios = {"train": ["generated:1-8*2"], "held_out": [held_out]}
+        with pytest.raises(ValidationError, match=r"share generated:7.* must be something else"):
+            Config.model_validate({"scenarios": scenarios})
+    check = {"every_steps": 10, "scenarios": ["generated:8"]}
+    scenarios = {"train": ["generated:1-8"]}
+    with pytest.raises(ValidationError, match=r"check\.scenarios and scenarios\.train share"):
+        Config.model_validate({"check": check, "scenarios": scenarios})
+    Config.model_validate({"check": check | {"every_steps": 0}, "scenarios": scenarios})
+
+
 @pytest.mark.parametrize("section", ["check.scenarios", "scenarios.held_out"])
 def test_what_judges_names_each_scenario_once(section):
     part, key = section.split(".")

@@ -70,7 +70,7 @@ def configuration(arguments: argparse.Namespace) -> Config:
     rollout = RolloutConfig()
     return Config.model_validate(
         {
-            "scenarios": {"train": [arguments.scenario], "held_out": [arguments.scenario]},
+            "scenarios": {"train": [arguments.scenario], "held_out": ["generated:1001"]},
             "prepare": {"num_states": STATES, "num_eval_states": 16, "teachers": [START]},
             "rollout": {
                 "num_groups": arguments.groups,
