@@ -1,7 +1,7 @@
 """Plays whole episodes: classical controllers by themselves, models through the dialect.
 
-Models answer in batches: all episodes of a policy run side by side, one decision interval at a
-time. Worlds run in threads of this process, whose work happens in their child processes.
+Models answer in batches: episodes of a policy run side by side, one decision interval at a time.
+Worlds run in threads of this process, whose work happens in their child processes.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from envs.answers import Parsed, act, offered, parse
 from envs.controllers import CONTROLLERS, PROGRAMS
@@ -163,24 +165,37 @@ def play_model(
 ) -> Iterator[Episode]:
     """Episodes of a model, in the order in which they end; `num_worlds` at most side by side.
 
+    While the model answers one half of them, the other half drives.
     An invalid answer is counted and replaced by the fallback controller's choice.
     """
-    waiting = list(jobs)[::-1]
-    seats: list[_Seat] = []
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    num_halves = min(2, num_worlds)
+    waiting = [list(jobs)[i::num_halves][::-1] for i in range(num_halves)]
+    seats: list[list[_Seat]] = [[] for _ in range(num_halves)]
+    asked: deque[tuple[int, Iterator[list[list[str | None]]]]] = deque()
+    with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor(1) as asker:
+
+        def go_on(half: int) -> None:
+            room = len(range(half, num_worlds, num_halves)) - len(seats[half])
+            fresh = [
+                _Seat(policy, waiting[half].pop(), config)
+                for _ in range(min(room, len(waiting[half])))
+            ]
+            seats[half] += fresh
+            list(handed_out(pool, _Seat.start, fresh))
+            if seats[half]:
+                asked.append((half, handed_out(asker, _answers, [seats[half]], [ask])))
+
         try:
-            while waiting or seats:
-                fresh = []
-                while waiting and len(seats) < num_worlds:
-                    fresh.append(_Seat(policy, waiting.pop(), config))
-                    seats.append(fresh[-1])
-                list(handed_out(pool, _Seat.start, fresh))
-                answers = _answers(seats, ask)
-                on_played(sum(handed_out(pool, _Seat.advance, seats, answers)))
-                yield from (seat.episode for seat in seats if seat.episode)
-                seats = [seat for seat in seats if not seat.episode]
+            for half in range(num_halves):
+                go_on(half)
+            while asked:
+                half, answers = asked.popleft()
+                on_played(sum(handed_out(pool, _Seat.advance, seats[half], next(answers))))
+                yield from (seat.episode for seat in seats[half] if seat.episode)
+                seats[half] = [seat for seat in seats[half] if not seat.episode]
+                go_on(half)
         finally:
-            for seat in seats:
+            for seat in chain(*seats):
                 seat.close()
 
 

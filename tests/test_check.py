@@ -25,6 +25,7 @@ from rl_ft.types import Completion
 START, STAGE = "lookahead", "check/lookahead"
 SETTINGS = (
     "check.every_steps=10",
+    'scenarios.train=["generated:2"]',
     'check.scenarios=["generated:1","generated:6"]',
     "check.episode_s=200",
     "check.num_worlds=2",
