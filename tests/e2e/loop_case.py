@@ -178,7 +178,7 @@ def wait_for(found: Callable[[], Any], timeout_s: float = 300.0) -> Any:
         value = found()
         if value:
             return value
-        time.sleep(0.02)
+        time.sleep(0.1)
     raise TimeoutError(f"{found} stayed false for {timeout_s:g} s")
 
 

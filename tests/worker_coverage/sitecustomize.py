@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 
-SAVE_INTERVAL_S = 2.0
+SAVE_INTERVAL_S = 10.0
 
 
 def _save_for_ever() -> None:
