@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 
 from envs.answers import Parsed, act, offered, parse
 from envs.controllers import CONTROLLERS, PROGRAMS
@@ -169,19 +169,17 @@ def play_model(
     An invalid answer is counted and replaced by the fallback controller's choice.
     """
     num_halves = min(2, num_worlds)
-    waiting = [list(jobs)[i::num_halves][::-1] for i in range(num_halves)]
+    in_order = list(jobs)
+    waiting = [iter(in_order[i::num_halves]) for i in range(num_halves)]
     seats: list[list[_Seat]] = [[] for _ in range(num_halves)]
     asked: deque[tuple[int, Iterator[list[list[str | None]]]]] = deque()
     with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor(1) as asker:
 
         def go_on(half: int) -> None:
-            room = len(range(half, num_worlds, num_halves)) - len(seats[half])
-            fresh = [
-                _Seat(policy, waiting[half].pop(), config)
-                for _ in range(min(room, len(waiting[half])))
-            ]
-            seats[half] += fresh
-            list(handed_out(pool, _Seat.start, fresh))
+            begun = len(seats[half])
+            for job in islice(waiting[half], len(range(half, num_worlds, num_halves)) - begun):
+                seats[half].append(_Seat(policy, job, config))
+            list(handed_out(pool, _Seat.start, seats[half][begun:]))
             if seats[half]:
                 asked.append((half, handed_out(asker, _answers, [seats[half]], [ask])))
 

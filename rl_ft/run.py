@@ -242,7 +242,7 @@ class GrpoLoop:
                     self._renderer,
                     self._config,
                     quota=quota,
-                    seed=(self._config.seed * 100_003 + step) * 1_000_000 + i * 1_000,
+                    seed=(self._config.seed * 100_003 + step) * 1_000 + i * 10**12,
                     score=self._score,
                     recall=recall,
                 )

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-from statistics import median
 
 import psutil
 import pytest
@@ -511,8 +510,7 @@ def test_a_toy_reward_is_learnt_by_the_real_path(toy):
     # More than the format was left to learn, which the supervised start knows most of.
     assert earned[0] < toy.values("format/strict_share")[0] - 0.1
     assert min(toy.values("rollout/counterfactual_share")) > 0
-    # Not the mean: one prompt that is answered in a wrong format is a sixteenth of a step's.
-    assert median(earned[-10:]) > 0.95
+    assert sum(earned[-5:]) / 5 > 0.95
 
 
 # ---- the gate
