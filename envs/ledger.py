@@ -1,7 +1,7 @@
 """Adds up what traffic loses from one instant on: the measurement behind every reward.
 
-Samples every `SAMPLE_S` seconds. SUMO's own timeLoss is cumulative per vehicle, so sampling loses
-only what a vehicle loses after its last sample, just before it leaves the network.
+Samples every `SAMPLE_S` seconds and at the end. SUMO's own timeLoss is cumulative per vehicle, so
+sampling loses only what a vehicle loses after its last sample, just before it leaves the network.
 """
 
 from __future__ import annotations
@@ -19,26 +19,29 @@ HALTING_MPS = 0.1
 
 
 class Ledger:
-    """Accumulates an Outcome; make it at the instant, call `sample` every `SAMPLE_S`."""
+    """Accumulates an Outcome; make it at the instant, call `step` after every simulation step."""
 
     def __init__(self, junction_lanes: Collection[str] = ()) -> None:
         self._junction_lanes = tuple(junction_lanes)
         self._loss_s = _time_losses()
-        self._start_s = libsumo.simulation.getTime()
+        self._start_s = self._sampled_s = libsumo.simulation.getTime()
         self.interval_digest = ""
         self._time_loss = self._junction_time_loss = self._halting = self._pending = 0.0
         self._arrived = 0
 
     def step(self) -> None:
-        """Once per simulated second (or step): counts arrivals."""
+        """Count arrivals; sample if it is time, whatever the decision interval is."""
         self._arrived += libsumo.simulation.getArrivedNumber()
+        elapsed_s = round(libsumo.simulation.getTime() - self._sampled_s, 6)
+        if elapsed_s >= SAMPLE_S:
+            self._sample(elapsed_s)
 
-    def sample(self) -> None:
-        """Every `SAMPLE_S` simulated seconds."""
+    def _sample(self, elapsed_s: float) -> None:
+        self._sampled_s += elapsed_s
         now = _time_losses()
         before = self._loss_s
         gained = {v: loss - before.get(v, 0.0) for v, loss in now.items()}
-        pending = len(libsumo.simulation.getPendingVehicles()) * SAMPLE_S
+        pending = len(libsumo.simulation.getPendingVehicles()) * elapsed_s
         self._time_loss += sum(gained.values()) + pending
         self._pending += pending
         self._junction_time_loss += sum(
@@ -47,11 +50,13 @@ class Ledger:
             for v in libsumo.lane.getLastStepVehicleIDs(lane)
         )
         speed = libsumo.vehicle.getSpeed
-        self._halting += SAMPLE_S * sum(speed(v) < HALTING_MPS for v in now)
+        self._halting += elapsed_s * sum(speed(v) < HALTING_MPS for v in now)
         self._loss_s = now
 
     def outcome(self) -> Outcome:
         """What has been lost since the instant."""
+        if rest_s := round(libsumo.simulation.getTime() - self._sampled_s, 6):
+            self._sample(rest_s)
         return Outcome(
             horizon_s=libsumo.simulation.getTime() - self._start_s,
             time_loss_veh_s=self._time_loss,

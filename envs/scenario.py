@@ -44,6 +44,12 @@ RESCO_TIMINGS = {
     "arterial4x4": SignalTiming(decision_interval_s=5, yellow_s=2, min_green_s=3),
 }
 
+MOVING_SECTIONS = ("processing", "routing")
+"""Sections of a `.sumocfg` that decide how vehicles move: `scale`, `lateral-resolution` and so on.
+What `envs.sumo` sets itself (steps, files, teleporting, the seed) is not taken from there."""
+NOT_TAKEN = (".output", "threads")
+"""How options end that would write files or, in a process that is forked, start threads."""
+
 _RANGE = re.compile(r"generated:(\d+)-(\d+)(@\d+)?")
 _REPEATED = re.compile(r"(.+)\*([1-9]\d{0,3})")
 _PACED = re.compile(r"(.+)@(\d{1,4})")
@@ -77,6 +83,14 @@ def unpaced(name: str) -> str:
     """The name without how often its junctions choose: the same traffic."""
     paced = _PACED.fullmatch(name)
     return paced[1] if paced else name
+
+
+def traffic(name: str) -> str:
+    """What two names have in common that are the same traffic: no pace, and files by full path."""
+    plain = unpaced(name)
+    if plain.startswith(("generated:", "resco:")):
+        return plain
+    return ",".join(str(Path(part.strip()).resolve()) for part in plain.split(","))
 
 
 def _paced(name: str, timing: SignalTiming) -> SignalTiming:
@@ -117,7 +131,13 @@ def validate_scenario(scenario: Scenario) -> None:
 
 def content_hash(scenario: Scenario) -> str:
     """Hash of all that decides what a simulation of it does: its files, window and timing."""
-    settings = (scenario.begin_s, scenario.end_s, scenario.step_length_s, scenario.timing)
+    settings = (
+        scenario.begin_s,
+        scenario.end_s,
+        scenario.step_length_s,
+        scenario.timing,
+        scenario.options,
+    )
     digest = hashlib.sha256(repr(settings).encode())
     for file in (scenario.net_file, *scenario.route_files, *scenario.additional_files):
         digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
@@ -221,7 +241,7 @@ def _from_sumocfg(name: str) -> Scenario:
         root = ET.parse(path).getroot()
     except ET.ParseError as error:
         raise UserError(f"The SUMO configuration {name} is not readable XML: {error}.") from error
-    options = {element.tag: element.get("value", "") for element in root.iter()}
+    options = _values(root.iter())
     nets = _files(path.parent, options, ("net-file", "net", "n"))
     routes = _files(path.parent, options, ("route-files", "route", "r"))
     extra = _files(path.parent, options, ("additional-files", "additional", "a"))
@@ -230,7 +250,19 @@ def _from_sumocfg(name: str) -> Scenario:
             f"The SUMO configuration {name} must name one net-file and at least one of "
             f"route-files in its <input>, but it names {len(nets)} and {len(routes)}."
         )
-    return _with_window(name, nets[0], routes, extra, options)
+    scenario = _with_window(name, nets[0], routes, extra, options)
+    moving = {
+        key: value
+        for section in root
+        if section.tag in MOVING_SECTIONS
+        for key, value in _values(section).items()
+        if not key.endswith(NOT_TAKEN)
+    }
+    return replace(scenario, options=tuple(moving.items()))
+
+
+def _values(elements: Iterable[ET.Element]) -> dict[str, str]:
+    return {element.tag: element.get("value", "") for element in elements}
 
 
 def _files(folder: Path, options: dict[str, str], keys: Sequence[str]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ itself can find (a route whose edges do not connect, say) is left to SUMO.
 from __future__ import annotations
 
 import gzip
+import math
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,6 +56,11 @@ def departure_window(name: str, routes: Sequence[str]) -> tuple[float, float]:
         raise UserError(
             f"{_listed(routes)} must hold a vehicle, trip or flow with a departure time, but there "
             "is none."
+        )
+    if math.isinf(max(times)):
+        raise UserError(
+            f"A flow of {_listed(routes)} has no end, so {name} has none: give the flow an end, or "
+            "name the files in a .sumocfg with <begin> and <end>."
         )
     return min(times), max(times)
 
@@ -171,6 +177,11 @@ def _departures(element: ET.Element) -> list[float]:
     """First and last departure of a vehicle, trip or flow; empty if it has no fixed time."""
     if element.tag not in DEMAND_TAGS:
         return []
-    keys = ("begin", "end") if element.tag == "flow" else ("depart",)
-    times = [parse_seconds(element.get(key, "")) for key in keys]
-    return [t for t in times if t is not None]
+    if element.tag == "flow":
+        # SUMO's defaults: from the beginning on, and without an end.
+        begin_s = parse_seconds(element.get("begin", "0"))
+        end_s = parse_seconds(element.get("end", ""))
+        times = [] if begin_s is None else [begin_s, math.inf if end_s is None else end_s]
+        return times
+    depart_s = parse_seconds(element.get("depart", ""))
+    return [] if depart_s is None else [depart_s]

@@ -58,10 +58,11 @@ def legal_phases(
     """Indices of the phases that may be chosen now; never empty.
 
     Before `min_green_s`, or `occupied_green_s` while the junction is not clear, only the running
-    phase. After `max_green_s`, or when the running green has served nobody and nobody approaches
-    it while others wait, every phase but the running one. When in addition a first vehicle has
-    waited `starvation_s`, only phases that serve its lane: a shared lane whose head wants another
-    turn would otherwise repeat one observation for ever (lock-in).
+    phase. When the running green has served nobody and nobody approaches it, only phases with a
+    queue, if there are any, and once a first vehicle has waited `starvation_s`, only phases that
+    serve its lane: a shared lane whose head wants another turn would otherwise repeat one
+    observation for ever (lock-in). After `max_green_s`, if others wait, every phase but the running
+    one.
     """
     every = tuple(range(len(junction.phases)))
     current = observation.current

@@ -19,7 +19,7 @@ from envs.controllers import CONTROLLERS, PROGRAMS
 from envs.errors import UserError
 from envs.fork import fork_map
 from envs.layout import junction_specs
-from envs.ledger import SAMPLE_S, Ledger, world_digest
+from envs.ledger import Ledger, world_digest
 from envs.metrics import trip_stats
 from envs.types import (
     Action,
@@ -70,7 +70,7 @@ class Simulation:
     def _options(self, additional: Sequence[str] = ()) -> list[str]:
         scenario = self.scenario
         extra = [*scenario.additional_files, *additional]
-        options = {
+        options = {f"--{key}": value for key, value in scenario.options} | {
             "--net-file": scenario.net_file,
             "--route-files": ",".join(scenario.route_files),
             "--begin": str(scenario.begin_s),
@@ -170,8 +170,6 @@ class Simulation:
             libsumo.simulationStep()
             if ledger:
                 ledger.step()
-                if (elapsed + self.scenario.step_length_s) % SAMPLE_S == 0:
-                    ledger.sample()
         for tls_id, action in actions.items():
             if action.phase != self._current[tls_id] or start >= self._held_until_s[tls_id]:
                 self._held_until_s[tls_id] = start + action.hold_s
@@ -226,8 +224,7 @@ class Simulation:
     def drive(self, controller: str, until_s: float, *, horizon_s: float = 60.0) -> None:
         """Follow a controller until a time; `lookahead` branches over `horizon_s`."""
         while self.time_s < until_s:
-            if self.program is None:
-                self.sample_queue()
+            self.sample_queue()
             if controller == "lookahead":
                 self.step(self.lookahead(horizon_s, "max_wave"))
             else:

@@ -57,6 +57,8 @@ class Scenario:
     begin_s: float
     end_s: float
     step_length_s: float = 1.0
+    options: tuple[tuple[str, str], ...] = ()
+    """SUMO's options that decide how vehicles move, by name; those of a user's `.sumocfg`."""
     timing: SignalTiming = field(default_factory=SignalTiming)
 
 

@@ -74,7 +74,7 @@ def show_scenario(console: Console, name: str) -> None:
 
 def num_departures(scenario: Scenario) -> float:
     """Vehicles that the route files let depart within the window; of random flows, the mean."""
-    return sum(
+    return float(dict(scenario.options).get("scale", 1)) * sum(
         _departures(element, scenario)
         for file in scenario.route_files
         for element in _demand_elements(Path(file))

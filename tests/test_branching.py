@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,21 @@ def test_one_interval_of_the_executed_action_equals_its_branch(started):
         tries = [joint, *candidates(busiest(world.decisions()))]
         outcomes = world.branch(tries, 20.0, "max_wave", parallel=1 + instant % 2)
         assert world.step(joint) == outcomes[0].interval_digest
+
+
+@pytest.mark.parametrize("interval_s", [4, 6, 12])
+def test_what_is_measured_is_the_same_however_often_junctions_choose(world, interval_s):
+    measured = []
+    for name in ("generated:3", f"generated:3@{interval_s}"):
+        scenario = load_scenario(name)
+        world.reset(scenario, seed=7)
+        # Nobody chooses anything, so the traffic is the same.
+        world.drive("fixed", scenario.begin_s + 120)
+        measured.append(world.play({}, HORIZON_S, "fixed"))
+    often = replace(measured[1], interval_digest=measured[0].interval_digest)
+    assert often == measured[0]
+    assert often.time_loss_veh_s > 0
+    assert often.halting_veh_s > 0
 
 
 def test_branching_leaves_the_live_world_untouched(started):

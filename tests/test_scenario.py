@@ -22,12 +22,14 @@ from envs.scenario import (
     load_scenario,
     require_scenarios,
     scenario_names,
+    traffic,
     validate_scenario,
 )
 from envs.types import Scenario
 from envs.world import World
 
 SEEDS = range(1, 9)
+INPUT = '<input><net-file value="my.net.xml"/><route-files value="my.rou.xml"/></input>'
 
 
 @pytest.fixture(scope="module")
@@ -498,6 +500,43 @@ def test_routes_of_another_network_are_refused(files, demand, edge):
 def test_routes_without_a_vehicle_are_refused(files):
     files[1].write_text('<routes><route id="r" edges="in0_0_0"/></routes>')
     assert "there is none" in complaint(f"{files[0]},{files[1]}")
+
+
+def test_a_flow_without_an_end_asks_for_one(files):
+    edge = ET.parse(files[1]).getroot().find(".//route").get("edges").split()[0]
+    flow = f'<flow id="f" begin="5" vehsPerHour="60" from="{edge}" to="{edge}"/>'
+    files[1].write_text(f"<routes>{flow}</routes>")
+    assert "give the flow an end" in complaint(f"{files[0]},{files[1]}")
+
+
+def test_a_flow_without_an_end_lasts_as_long_as_the_window(files, tmp_path):
+    edge = ET.parse(files[1]).getroot().find(".//route").get("edges").split()[0]
+    flow = f'<flow id="f" vehsPerHour="60" from="{edge}" to="{edge}"/>'
+    files[1].write_text(f"<routes>{flow}</routes>")
+    name = write_config(tmp_path, INPUT + '<time><begin value="900"/><end value="1800"/></time>')
+    assert (load_scenario(name).begin_s, load_scenario(name).end_s) == (900.0, 1800.0)
+
+
+def test_how_vehicles_move_is_taken_from_the_configuration(files, tmp_path):
+    assert files[0].is_file()
+    moving = '<processing><scale value="2"/><threads value="4"/></processing>'
+    name = write_config(tmp_path, INPUT + moving + '<output><fcd-output value="x.xml"/></output>')
+    loaded = load_scenario(name)
+    assert loaded.options == (("scale", "2"),)
+    num_trips = []
+    for played in (replace(loaded, options=()), loaded):
+        with World() as world:
+            world.reset(played, seed=1)
+            world.drive("max_wave", played.end_s)
+            num_trips.append(world.trips().num_trips)
+    assert num_trips[1] == pytest.approx(2 * num_trips[0], rel=0.05)
+
+
+def test_names_of_the_same_traffic_are_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert traffic("my.sumocfg@15") == traffic("./my.sumocfg") == str(tmp_path / "my.sumocfg")
+    assert traffic("generated:7@15") == traffic("generated:7")
+    assert traffic("a.net.xml, b.rou.xml") == traffic("./a.net.xml,./b.rou.xml")
 
 
 def test_demand_outside_the_window_is_refused(cities):

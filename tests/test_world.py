@@ -149,6 +149,13 @@ def test_trips_count_every_vehicle_of_the_window(started):
     assert trips.queue_veh > 0
 
 
+def test_queues_are_counted_under_the_programs_of_the_network_too(world):
+    scenario = load_scenario("generated:3")
+    world.reset(scenario, seed=1, program="fixed")
+    world.drive("fixed", scenario.begin_s + 300)
+    assert world.trips().queue_veh > 0
+
+
 def test_a_killed_world_died(mortal):
     os.kill(mortal.pid, signal.SIGKILL)
     with pytest.raises(WorldError) as caught:
