@@ -65,7 +65,6 @@ class RemoteGenerate:
         self._busy_since = 0.0
         self._after = after
         self._max_tokens = config.grpo.max_completion_length
-        self._temperature = config.grpo.temperature
         self._seeded = config.generation.reproducible
 
     async def __call__(
@@ -85,7 +84,6 @@ class RemoteGenerate:
             return await self._samplers.generate(
                 [tuple(prompt) for prompt in prompts],
                 num_samples=num_samples,
-                temperature=self._temperature,
                 max_tokens=self._max_tokens,
                 seed=seed if self._seeded else None,
                 greedy=[tuple(prompt) for prompt in greedy],

@@ -80,7 +80,7 @@ def play_controller(
                 if stopped.is_set():
                     raise CancelledError
                 until_s = min(time_s + SLICE_S, scenario.end_s)
-                world.drive(name, until_s, horizon_s=config.evaluate.lookahead_horizon_s)
+                world.drive(name, until_s, horizon_s=config.lookahead_horizon_s)
                 on_played((until_s - time_s) / (scenario.end_s - scenario.begin_s))
                 time_s = until_s
             return Episode(policy=name, job=job, trips=world.trips())

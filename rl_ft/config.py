@@ -11,7 +11,7 @@ import math
 from pydantic import model_validator
 
 from envs.answers import HOLD_INTERVALS
-from envs.scenario import expand, unpaced
+from envs.scenario import expand, traffic
 from envs.types import DecisionFormat, SignalTiming
 from rl_ft.sections import (
     CheckConfig,
@@ -80,6 +80,11 @@ class Config(Section):
             + self.ray.num_generators * self.cpus_per_engine
             + self.ray.num_learners * self.ray.cpus_per_learner
         )
+
+    @property
+    def lookahead_horizon_s(self) -> float:
+        """How far the controller `lookahead` tries."""
+        return self.evaluate.lookahead_horizon_s or self.reward.horizon_s
 
     @model_validator(mode="after")
     def _kl_is_over_samples(self) -> Config:
@@ -192,7 +197,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _judged_on_what_made_nothing(self) -> Config:
         trained, judged, checked = (
-            set(map(unpaced, expand(names)))
+            set(map(traffic, expand(names)))
             for names in (self.scenarios.train, self.scenarios.held_out, self.check.scenarios)
         )
         pairs = {"scenarios.train and scenarios.held_out": trained & judged}
@@ -206,6 +211,17 @@ class Config(Section):
                     "choose it, and what it is judged on must be something else "
                     "(evaluate.num_train_scenarios has it driven on what it was trained on too)"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _baseline_plays(self) -> Config:
+        models = [f"{kind}:{start}" for start in self.prepare.teachers for kind in ("sft", "grpo")]
+        policies = [*self.evaluate.controllers, *models]
+        if self.evaluate.baseline not in policies:
+            raise ValueError(
+                f"evaluate.baseline is {self.evaluate.baseline}, which does not play: choose one "
+                f"of {', '.join(policies)}, or add it to evaluate.controllers"
+            )
         return self
 
     @model_validator(mode="after")

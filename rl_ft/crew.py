@@ -16,7 +16,10 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
-from rl_ft.types import Completion, RolloutGroup, WeightsRef
+from rl_ft.lineage import Suspects
+from rl_ft.parity import UNKNOWN
+from rl_ft.sections import ParityConfig
+from rl_ft.types import Completion, WeightsRef
 from rl_ft.worlds import Order, Standing, State, Tried
 
 log = logging.getLogger(__name__)
@@ -215,16 +218,17 @@ class Samplers:
         self._current = None
         return await self._insist("check_parity", *args)
 
-    async def diagnose(
-        self,
-        model_path: str,
-        new: WeightsRef,
-        old: WeightsRef,
-        groups: Sequence[RolloutGroup],
-        bound: float,
-    ) -> list[str]:
-        """What each generator finds out: see `GeneratorService.diagnose`."""
-        return await self._insist("diagnose", model_path, new, old, groups, bound)
+    async def diagnose(self, model_path: str, suspects: Suspects, parity: ParityConfig) -> str:
+        """The first cause that a generator finds out: see `GeneratorService.diagnose`."""
+        groups = suspects.groups[: parity.num_prompts]
+        for earlier in suspects.earlier:
+            causes = await self._insist(
+                "diagnose", model_path, suspects.claimed, earlier, groups, parity.max_logprob_diff
+            )
+            for cause in causes:
+                if cause != UNKNOWN:
+                    return cause
+        return UNKNOWN
 
     def close(self) -> None:
         """End all of them."""

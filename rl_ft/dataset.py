@@ -25,7 +25,7 @@ from envs import dialect
 from envs.answers import act, answer_texts, options
 from envs.controllers import max_pressure
 from envs.errors import UserError
-from envs.scenario import content_hash, expand, load_scenario
+from envs.scenario import content_hash, expand, load_scenario, traffic
 from envs.types import Decision, DecisionFormat
 from rl_ft.config import Config
 from rl_ft.lessons import lessons
@@ -125,7 +125,7 @@ def adopt_dataset(source: Path, directory: Path, config: Config) -> Manifest:
                 f"{_names(manifest)}: --set prepare.teachers=[...]"
             )
     judges = expand((*config.scenarios.held_out, *config.check.scenarios))
-    if shared := sorted(manifest.scenarios.keys() & set(judges)):
+    if shared := sorted(set(map(traffic, manifest.scenarios)) & set(map(traffic, judges))):
         raise UserError(
             f"the dataset in {source} has rows of {', '.join(shared)}, on which models are chosen "
             "or judged: set scenarios.held_out or check.scenarios to others"

@@ -45,7 +45,6 @@ SHARED_WITH_TRL = (
     "max_steps",
     "num_generations",
     "max_completion_length",
-    "temperature",
     "learning_rate",
     "warmup_steps",
     "lr_scheduler_type",
@@ -110,6 +109,8 @@ def grpo_args(config: Config, *, output_dir: str | Path, num_groups: int) -> GRP
         per_device_train_batch_size=groups_per_micro_batch * grpo.num_generations,
         gradient_accumulation_steps=num_micro_batches,
         **{name: getattr(grpo, name) for name in SHARED_WITH_TRL},
+        # Of the policy as it is: what the sampler says of its answers is at temperature 1.
+        temperature=1.0,
         use_cpu=not on_gpu,
         # Accelerate would hold, and publish, shards in float32.
         bf16=on_gpu and config.model.dtype == "bfloat16" and not sharded,

@@ -36,10 +36,13 @@ def run_all(config: Config, folder: RunFolder) -> None:
 
 
 def run_stage(stage: str, config: Config, folder: RunFolder) -> None:
-    """One stage, whether or not it was done before; the stages before it must be done."""
+    """One stage, whether or not it was done before; the stages before it must be done.
+
+    The report is of what there is: it counts as done only where all the others are.
+    """
     before = list(STAGES)[: list(STAGES).index(stage)]
     missing = [earlier for earlier in before if not folder.stage_done(earlier)]
-    if missing:
+    if missing and stage != "report":
         raise UserError(
             f"{stage} needs {missing[0]}, which is not done in {folder.root}: "
             f"run `rl-ft {missing[0]} --out {folder.root}` first, or all with `rl-ft run`"
@@ -48,7 +51,8 @@ def run_stage(stage: str, config: Config, folder: RunFolder) -> None:
     log.info("%s: starting", stage)
     with Progress(stage):
         STAGES[stage](config, folder)
-    folder.mark_done(stage)
+    if not missing:
+        folder.mark_done(stage)
     copier.finish()
     log.info("%s: done", stage)
 

@@ -94,7 +94,7 @@ class Played:
 
 def signature(config: Config, model: Path | None, scenario: str) -> str:
     """What decides how a model, or if None a controller, plays a scenario."""
-    decides: dict[str, object] = {"lookahead_horizon_s": config.evaluate.lookahead_horizon_s}
+    decides: dict[str, object] = {"lookahead_horizon_s": config.lookahead_horizon_s}
     if model is not None:
         decides = {
             "model": _digest(tuple(sorted(file for file in model.iterdir() if file.is_file()))),

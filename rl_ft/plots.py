@@ -40,7 +40,7 @@ _NAMES = {
     "fixed": "fixed program",
     "max_pressure": "max-pressure",
     "max_wave": "max-wave",
-    "lookahead": "lookahead (bound)",
+    "lookahead": "lookahead",
     "sft:given": "the given model",
     "grpo:given": "GRPO from the given model",
 }

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rl_ft.admission import Admission, staleness
 from rl_ft.check import Checks
 from rl_ft.checkpoints import checkpoint_steps, latest_checkpoint
-from rl_ft.cluster import ray_session
+from rl_ft.cluster import gpu_share, ray_session
 from rl_ft.config import Config
 from rl_ft.dataset import read_lessons
 from rl_ft.figures import rates, shown
@@ -149,9 +149,14 @@ class GrpoLoop:
         self._memories.keep_only(())
 
     async def _train(self) -> None:
-        await self._check_parity()
+        # An engine sizes its cache by what is free of its GPU: there the learner waits for it.
+        shares_gpu = 0 < gpu_share(self._config.num_gpu_holders) < 1
+        if shares_gpu:
+            await self._check_parity()
         learner = self._start_learner()
         try:
+            if not shares_gpu:
+                await self._check_parity()
             await self._follow(learner)
         finally:
             # After a failure nobody else would: it waits for groups, with all that it holds.
@@ -189,6 +194,8 @@ class GrpoLoop:
     async def _go_on_from(self, ref: WeightsRef) -> None:
         """A learner has begun, or begun again: what comes after its checkpoint is made anew."""
         self._record.rewind(self._stage, ref.version)
+        # Steps that are done again must not count twice.
+        self._health = HealthMonitor(self._config)
         self.snapshots.rewind(ref.version)
         self._pending.clear()
         self._checks.rewind(ref.version)
@@ -291,19 +298,12 @@ class GrpoLoop:
             return
         await self._take_metrics()
         step, why = refused
-        suspects = self.lineage.suspects(step)
-        cause = UNKNOWN
-        for earlier in suspects.earlier:
-            causes = await self._samplers.diagnose(
-                self._model_path,
-                suspects.claimed,
-                earlier,
-                suspects.groups,
-                self._config.parity.max_logprob_diff,
-            )
-            cause = next((found for found in causes if found != UNKNOWN), UNKNOWN)
-            if cause != UNKNOWN:
-                break
+        try:
+            suspects = self.lineage.suspects(step)
+            cause = await self._samplers.diagnose(self._model_path, suspects, self._config.parity)
+        except Exception:  # whatever keeps it from being found out, the refusal must be told
+            log.exception("%s: why the update was refused cannot be found out", self._stage)
+            cause = UNKNOWN
         raise ParityError(cause, why)
 
     async def _take_metrics(self) -> None:
@@ -323,7 +323,7 @@ class GrpoLoop:
             self._record.log(self._stage, step, values)
             if step % self._config.grpo.save_steps == 0:
                 await self._remember(step)
-            elif (step - 1) % self._config.grpo.save_steps == 0:
+            if (step - 1) % self._config.grpo.save_steps == 0:
                 # The checkpoint before this step is there.
                 self._copier.begin()
             await self._buffer.confirm.remote(step)

@@ -204,7 +204,6 @@ class GrpoConfig(Section):
     max_steps: int = Field(300, gt=0)
     num_generations: int = Field(8, gt=1)
     max_completion_length: int = Field(16, gt=0)
-    temperature: float = Field(1.0, gt=0)
     learning_rate: float = Field(2e-3, ge=0)
     muon_ratio: float | None = Field(3.0, gt=0)
     """Hidden matrices learn by Muon at this multiple of the rate; None: AdamW for everything."""
@@ -309,14 +308,16 @@ class EvaluateConfig(Section):
     seeds: int = Field(5, gt=0)
     """Simulation seeds 1..n, the same for every policy (paired)."""
     controllers: tuple[Controller, ...] = ("fixed", "max_pressure", "max_wave")
-    """`lookahead`, the bound, takes longer than all others together."""
+    """`lookahead`, a strong reference, takes longer than all others together."""
     baseline: str = "max_pressure"
+    """What differences are to: one of the controllers, or a model such as `sft:max_pressure`."""
     num_train_scenarios: int = Field(1, ge=0)
     """Training scenarios that are evaluated beside the held-out ones."""
     num_worlds: int = Field(32, gt=0)
     """Episodes of a model that run side by side, about 120 MB each."""
-    lookahead_horizon_s: float = Field(30.0, gt=0)
-    fallback: Controller = "max_pressure"
+    lookahead_horizon_s: float | None = Field(None, gt=0)
+    """None: as far as rewards are measured, `reward.horizon_s`."""
+    fallback: Literal["max_pressure", "max_wave", "random"] = "max_pressure"
     """Decides where a model's answer is invalid; counted."""
     num_tellings: int = Field(3, ge=1)
     """A model that is not sure is asked so often, in other orders and names, and its answers vote

@@ -195,6 +195,15 @@ def test_a_stage_that_is_done_is_not_done_again_but_the_report_is(tmp_path, monk
 
 
 @pytest.mark.usefixtures("noted_stages")
+def test_a_report_is_of_what_there_is_and_done_when_all_is(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    call(monkeypatch, "prepare", "--out", out)
+    assert call(monkeypatch, "report", "--out", out) == 0
+    assert call(monkeypatch, "run", "--out", out, "--resume") == 0
+    assert ran(out) == ["prepare", "report", "sft", "grpo", "evaluate", "report"]
+
+
+@pytest.mark.usefixtures("noted_stages")
 def test_a_stage_asks_for_the_one_before_it(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     call(monkeypatch, "prepare", "--out", out)

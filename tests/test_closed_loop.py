@@ -80,7 +80,7 @@ def test_driving_in_slices_is_driving_at_once(smoke_config, name):
     scenario = job.load()
     with World() as world:
         world.reset(scenario, job.seed, program=name if name == "fixed" else None)
-        horizon_s = smoke_config.evaluate.lookahead_horizon_s
+        horizon_s = smoke_config.lookahead_horizon_s
         world.drive(name, scenario.end_s, horizon_s=horizon_s)
         at_once = world.trips()
     [sliced] = driven(smoke_config, name, [job])

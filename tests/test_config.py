@@ -56,6 +56,20 @@ def test_shards_need_several_learners_and_adamw(num_learners, muon_ratio, says):
     Config.model_validate({"ray": ray, "grpo": {"muon_ratio": None}})
 
 
+def test_the_baseline_must_play():
+    evaluate = {"controllers": ["fixed"]}
+    with pytest.raises(ValidationError, match="choose one of fixed, sft:max_pressure, grpo:max"):
+        Config.model_validate({"evaluate": evaluate})
+    Config.model_validate({"evaluate": evaluate | {"baseline": "sft:max_pressure"}})
+
+
+def test_lookahead_tries_as_far_as_rewards_are_measured():
+    config = Config.model_validate({"reward": {"horizon_s": 60}})
+    assert config.lookahead_horizon_s == 60
+    config = Config.model_validate({"evaluate": {"lookahead_horizon_s": 20}})
+    assert config.lookahead_horizon_s == 20
+
+
 def test_the_engine_must_have_room_for_prompt_and_completion():
     with pytest.raises(ValidationError, match="max_model_len is 100"):
         Config.model_validate({"generation": {"max_model_len": 100}})

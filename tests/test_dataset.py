@@ -246,7 +246,7 @@ def test_a_dataset_that_does_not_fit_is_refused(dataset, data_config, tmp_path, 
 
 def test_nobody_is_judged_on_what_the_rows_are_about(dataset, data_config, tmp_path):
     name = next(iter(read_manifest(dataset).scenarios))
-    scenarios = data_config.scenarios.model_copy(update={"held_out": (name,)})
+    scenarios = data_config.scenarios.model_copy(update={"held_out": (f"{name}@15",)})
     config = data_config.model_copy(update={"scenarios": scenarios})
     with pytest.raises(UserError, match=f"rows of {name}, on which models are chosen"):
         adopt_dataset(dataset, tmp_path / "mine", config)

@@ -269,9 +269,9 @@ def test_micro_batches_hold_whole_groups(tmp_path, num_groups, per_micro_batch, 
 
 
 def test_names_shared_with_trl_keep_their_values(tmp_path):
-    conf = config(epsilon_high=0.4, adam_beta2=0.95, lr_scheduler_type="cosine", temperature=0.9)
+    conf = config(epsilon_high=0.4, adam_beta2=0.95, lr_scheduler_type="cosine")
     args = grpo_args(conf, output_dir=tmp_path, num_groups=5)
-    assert (args.epsilon_high, args.adam_beta2, args.temperature) == (0.4, 0.95, 0.9)
+    assert (args.epsilon_high, args.adam_beta2) == (0.4, 0.95)
     assert args.lr_scheduler_type == "cosine"
     assert args.report_to == []
 
