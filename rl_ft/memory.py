@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -78,6 +79,27 @@ class Memory(Record):
             ),
         )
 
+    def dealt(self, num_worlds: Sequence[int]) -> Memory | None:
+        """The same for other world actors, with so many worlds each; None if that cannot be.
+
+        What was looked up in a part of a dataset is of no use with another part.
+        """
+        worlds = [standing for part in self.standings for standing in part]
+        if len(worlds) != sum(num_worlds) or any(standing.ahead for standing in worlds):
+            return None
+        waiting = [instant for recall in self.recalls for instant in recall.waiting]
+        in_turn = iter(worlds)
+        return Memory(
+            standings=tuple(tuple(islice(in_turn, num)) for num in num_worlds),
+            recalls=tuple(
+                Recalled(
+                    random_state=self.recalls[i % len(self.recalls)].random_state,
+                    waiting=tuple(waiting[i :: len(num_worlds)]),
+                )
+                for i in range(len(num_worlds))
+            ),
+        )
+
     def restore(self, recalls: Sequence[Recall]) -> None:
         """Bring fresh recalls to where these were."""
         for recall, kept in zip(recalls, self.recalls, strict=True):
@@ -89,7 +111,7 @@ class Memories:
 
     Example:
         memories.add(20, Memory.of(standings, recalls))
-        memories.get(20, num_parts=2)   # None where there is none that fits
+        memories.get(20, num_worlds=(12, 12))   # None where there is none that fits
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -100,8 +122,9 @@ class Memories:
         self._folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self._file(version), memory.model_dump_json())
 
-    def get(self, version: int, *, num_parts: int) -> Memory | None:
-        """That of a version, for so many world actors; None, with a warning, if it is of no use."""
+    def get(self, version: int, *, num_worlds: Sequence[int]) -> Memory | None:
+        """That of a version, for actors with so many worlds each; None, with a warning, if it is of
+        no use."""
         file = self._file(version)
         if not file.is_file():
             return None
@@ -110,10 +133,12 @@ class Memories:
         except ValidationError as error:
             log.warning("%s is not as it was written, worlds begin anew: %s", file, error)
             return None
-        if len(memory.standings) != num_parts:
+        if len(memory.standings) == len(num_worlds):
+            return memory
+        dealt = memory.dealt(num_worlds)
+        if dealt is None:
             log.warning("%s is of %d world actors, worlds begin anew", file, len(memory.standings))
-            return None
-        return memory
+        return dealt
 
     def keep_only(self, versions: Collection[int]) -> None:
         """Forget all others."""

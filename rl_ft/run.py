@@ -205,7 +205,8 @@ class GrpoLoop:
             Recall(seed=self._config.seed * 1_000 + i, num_waiting=round(steps * quota))
             for i, quota in enumerate(self._quotas)
         ]
-        memory = self._memories.get(ref.version, num_parts=len(self._worlds))
+        num_worlds = shares(self._config.rollout.num_worlds, len(self._worlds))
+        memory = self._memories.get(ref.version, num_worlds=num_worlds)
         if memory is not None:
             memory.restore(self._recalls)
             await asyncio.gather(

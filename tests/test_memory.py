@@ -34,7 +34,7 @@ def go_on(pool, rounds=ROUNDS):
 def brought_back(memories, pool, other, recalls=()):
     """`other` where `pool` stands, by way of the disk."""
     memories.add(7, Memory.of([pool.standing()], recalls))
-    memory = memories.get(7, num_parts=1)
+    memory = memories.get(7, num_worlds=(1,))
     other.stand(memory.standings[0])
     return other
 
@@ -104,18 +104,37 @@ def test_instants_that_wait_are_drawn_as_they_would_have_been(memories):
     one, other = recall(num=20), Recall(seed=9, num_waiting=0)
     one.draw(5)
     memories.add(7, Memory.of([[]], [one]))
-    memories.get(7, num_parts=1).restore([other])
+    memories.get(7, num_worlds=(1,)).restore([other])
     assert one.draw(15) == other.draw(15)
 
 
 def test_there_is_none_of_another_version(memories):
     memories.add(7, Memory.of([[]], []))
-    assert memories.get(8, num_parts=1) is None
+    assert memories.get(8, num_worlds=(1,)) is None
 
 
-def test_one_of_another_number_of_actors_is_of_no_use(memories, caplog):
+def test_worlds_of_two_actors_go_on_in_one(pools, memories):
+    one, other = pools
+    go_on(one, 3)
+    first, second = one.standing()
+    memories.add(7, Memory.of([[first], [second]], [recall(num=4), recall(num=3)]))
+    memory = memories.get(7, num_worlds=(2,))
+    other.stand(memory.standings[0])
+    assert go_on(one) == go_on(other)
+    [recalled] = memory.recalls
+    assert len(recalled.waiting) == 7
+
+
+def test_worlds_of_one_actor_are_dealt_to_two(memories, pools):
+    memories.add(7, Memory.of([pools[0].standing()], [recall(num=7)]))
+    memory = memories.get(7, num_worlds=(1, 1))
+    assert [len(part) for part in memory.standings] == [1, 1]
+    assert [len(recalled.waiting) for recalled in memory.recalls] == [4, 3]
+
+
+def test_one_of_another_number_of_worlds_is_of_no_use(memories, caplog):
     memories.add(7, Memory.of([[], []], []))
-    assert memories.get(7, num_parts=1) is None
+    assert memories.get(7, num_worlds=(1,)) is None
     assert "2 world actors" in caplog.text
 
 
@@ -123,7 +142,7 @@ def test_a_broken_one_is_of_no_use(memories, tmp_path, caplog):
     memories.add(7, Memory.of([[]], [recall(num=2)]))
     file = tmp_path / "memory" / "7.json"
     file.write_bytes(file.read_bytes()[:-20])
-    assert memories.get(7, num_parts=1) is None
+    assert memories.get(7, num_worlds=(1,)) is None
     assert "not as it was written" in caplog.text
 
 
@@ -131,7 +150,7 @@ def test_others_are_forgotten(memories):
     for version in (10, 20, 30):
         memories.add(version, Memory.of([[]], []))
     memories.keep_only([20, 30])
-    assert [memories.get(v, num_parts=1) is None for v in (10, 20, 30)] == [True, False, False]
+    assert [memories.get(v, num_worlds=(1,)) is None for v in (10, 20, 30)] == [True, False, False]
 
 
 def test_an_action_is_brought_back_as_it_was(memories):
@@ -141,5 +160,5 @@ def test_an_action_is_brought_back_as_it_was(memories):
     made.add(Instant(decision=seen, tried=Tried(outcomes={held: outcome(1.0)})))
     other = Recall(seed=1, num_waiting=0)
     memories.add(7, Memory.of([[]], [made]))
-    memories.get(7, num_parts=1).restore([other])
+    memories.get(7, num_worlds=(1,)).restore([other])
     assert other.waiting == made.waiting
