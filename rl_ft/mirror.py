@@ -29,6 +29,9 @@ IN_MEMORY_BYTES = 64 * 2**20
 PATIENCE_S = 900.0
 """For a copy at the end of a stage, with a storage that may be far or gone."""
 
+_SENDING = threading.Lock()
+"""Of two copies at once, one would forget what the other has sent and not named yet."""
+
 
 class Mirror:
     """Copies of one run folder.
@@ -181,7 +184,8 @@ class Copier:
 
     def _copy(self, mirror: Mirror) -> None:
         try:
-            mirror.push(self._folder)
+            with _SENDING:
+                mirror.push(self._folder)
         except Exception as error:  # whatever a storage raises: the run itself is whole
             log.warning("%s was not copied: %s: %s", self._folder, type(error).__name__, error)
 
