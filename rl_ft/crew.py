@@ -18,7 +18,6 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from rl_ft.lineage import Suspects
 from rl_ft.parity import UNKNOWN
-from rl_ft.sections import ParityConfig
 from rl_ft.types import Completion, WeightsRef
 from rl_ft.worlds import Order, Standing, State, Tried
 
@@ -218,13 +217,11 @@ class Samplers:
         self._current = None
         return await self._insist("check_parity", *args)
 
-    async def diagnose(self, model_path: str, suspects: Suspects, parity: ParityConfig) -> str:
+    async def diagnose(self, model_path: str, suspects: Suspects, bound: float) -> str:
         """The first cause that a generator finds out: see `GeneratorService.diagnose`."""
-        groups = suspects.groups[: parity.num_prompts]
-        for earlier in suspects.earlier:
-            causes = await self._insist(
-                "diagnose", model_path, suspects.claimed, earlier, groups, parity.max_logprob_diff
-            )
+        new, groups = suspects.claimed, suspects.groups
+        for old in suspects.earlier:
+            causes = await self._insist("diagnose", model_path, new, old, groups, bound)
             for cause in causes:
                 if cause != UNKNOWN:
                     return cause

@@ -300,8 +300,11 @@ class GrpoLoop:
         await self._take_metrics()
         step, why = refused
         try:
-            suspects = self.lineage.suspects(step)
-            cause = await self._samplers.diagnose(self._model_path, suspects, self._config.parity)
+            cause = await self._samplers.diagnose(
+                self._model_path,
+                self.lineage.suspects(step),
+                self._config.parity.max_logprob_diff,
+            )
         except Exception:  # whatever keeps it from being found out, the refusal must be told
             log.exception("%s: why the update was refused cannot be found out", self._stage)
             cause = UNKNOWN
