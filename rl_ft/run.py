@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rl_ft.admission import Admission, staleness
 from rl_ft.check import Checks
 from rl_ft.checkpoints import checkpoint_steps, latest_checkpoint
-from rl_ft.cluster import gpu_share, ray_session
+from rl_ft.cluster import ray_session
 from rl_ft.config import Config
 from rl_ft.dataset import read_lessons
 from rl_ft.figures import rates, shown
@@ -149,14 +149,9 @@ class GrpoLoop:
         self._memories.keep_only(())
 
     async def _train(self) -> None:
-        # An engine sizes its cache by what is free of its GPU: there the learner waits for it.
-        shares_gpu = 0 < gpu_share(self._config.num_gpu_holders) < 1
-        if shares_gpu:
-            await self._check_parity()
+        await self._check_parity()
         learner = self._start_learner()
         try:
-            if not shares_gpu:
-                await self._check_parity()
             await self._follow(learner)
         finally:
             # After a failure nobody else would: it waits for groups, with all that it holds.
