@@ -136,7 +136,7 @@ def content_hash(scenario: Scenario) -> str:
         scenario.end_s,
         scenario.step_length_s,
         scenario.timing,
-        scenario.options,
+        *scenario.options,
     )
     digest = hashlib.sha256(repr(settings).encode())
     for file in (scenario.net_file, *scenario.route_files, *scenario.additional_files):

@@ -181,7 +181,6 @@ def _departures(element: ET.Element) -> list[float]:
         # SUMO's defaults: from the beginning on, and without an end.
         begin_s = parse_seconds(element.get("begin", "0"))
         end_s = parse_seconds(element.get("end", ""))
-        times = [] if begin_s is None else [begin_s, math.inf if end_s is None else end_s]
-        return times
+        return [] if begin_s is None else [begin_s, math.inf if end_s is None else end_s]
     depart_s = parse_seconds(element.get("depart", ""))
     return [] if depart_s is None else [depart_s]

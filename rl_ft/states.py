@@ -100,7 +100,7 @@ def collect_states(config: Config) -> list[DecisionState]:
         raise UserError(
             f"the training scenarios gave {len(states)} decision states that matter, "
             f"{wanted} are wanted; lower prepare.states_per_episode (more episodes are played "
-            "then) or prepare.warm_up_s, or prepare.num_states"
+            "then), prepare.warm_up_s, prepare.min_queue_veh or prepare.num_states"
         )
     random.Random(config.seed).shuffle(states)
     return states[:wanted]

@@ -272,6 +272,8 @@ def test_names_shared_with_trl_keep_their_values(tmp_path):
     conf = config(epsilon_high=0.4, adam_beta2=0.95, lr_scheduler_type="cosine")
     args = grpo_args(conf, output_dir=tmp_path, num_groups=5)
     assert (args.epsilon_high, args.adam_beta2) == (0.4, 0.95)
+    # The sampler's log-probs are at temperature 1.
+    assert args.temperature == 1.0
     assert args.lr_scheduler_type == "cosine"
     assert args.report_to == []
 
