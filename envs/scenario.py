@@ -1,9 +1,9 @@
 """Where worlds come from: generated cities, installed RESCO maps, the user's own SUMO files.
 
 A scenario is named by a string: `generated:<seed>`, `resco:<map>`, the path of a `.sumocfg`, or
-`a.net.xml,b.rou.xml` (one network, then one or more route files). `@15` behind any of them lets its
-junctions choose every 15 s. What a user hands us is checked before a simulation sees it; every
-complaint is one `UserError`.
+`a.net.xml,b.rou.xml` (one network, then one or more route files). `%150` behind any of them has half
+as many vehicles again, `@15` behind that lets its junctions choose every 15 s. What a user hands us
+is checked before a simulation sees it; every complaint is one `UserError`.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ What `envs.sumo` sets itself (steps, files, teleporting, the seed) is not taken 
 NOT_TAKEN = (".output", "threads")
 """How options end that would write files or, in a process that is forked, start threads."""
 
-_RANGE = re.compile(r"generated:(\d+)-(\d+)(@\d+)?")
+_RANGE = re.compile(r"generated:(\d+)-(\d+)((?:%\d+)?(?:@\d+)?)")
 _REPEATED = re.compile(r"(.+)\*([1-9]\d{0,3})")
 _PACED = re.compile(r"(.+)@(\d{1,4})")
+_SCALED = re.compile(r"(.+)%([1-9]\d{1,2})")
 
 
 def default_cache_dir() -> Path:
@@ -69,6 +70,9 @@ def load_scenario(name: str, *, cache_dir: Path | None = None) -> Scenario:
     if (plain := unpaced(name)) != name:
         scenario = load_scenario(plain, cache_dir=cache_dir)
         return replace(scenario, name=name, timing=_paced(name, scenario.timing))
+    if (scaled := _SCALED.fullmatch(name)) is not None:
+        scenario = load_scenario(scaled[1], cache_dir=cache_dir)
+        return replace(_scaled(scenario, int(scaled[2])), name=name)
     kind, separator, rest = name.partition(":")
     if separator and kind == "generated":
         return generate(_seed(name, rest), cache_dir or default_cache_dir())
@@ -83,6 +87,13 @@ def unpaced(name: str) -> str:
     """The name without how often its junctions choose: the same traffic."""
     paced = _PACED.fullmatch(name)
     return paced[1] if paced else name
+
+
+def _scaled(scenario: Scenario, percent: int) -> Scenario:
+    """The scenario with more vehicles on the same ways, or fewer: SUMO's `scale`."""
+    options = dict(scenario.options)
+    scale = float(options.get("scale", 1)) * percent / 100
+    return replace(scenario, options=tuple((options | {"scale": f"{scale:g}"}).items()))
 
 
 def traffic(name: str) -> str:
@@ -111,7 +122,8 @@ def _paced(name: str, timing: SignalTiming) -> SignalTiming:
 def require_scenarios(names: Iterable[str]) -> None:
     """Raise a `UserError` for the first name that is none; builds no generated scenario."""
     for name in dict.fromkeys(names):
-        kind, separator, rest = unpaced(name).partition(":")
+        plain = _SCALED.sub(r"\1", unpaced(name))
+        kind, separator, rest = plain.partition(":")
         if separator and kind == "generated":
             _seed(name, rest)
             _paced(name, SignalTiming())
@@ -164,7 +176,7 @@ def expand(names: Sequence[str]) -> tuple[str, ...]:
                 f"A range of scenarios runs upwards over at most {MAX_RANGE} seeds, such as "
                 f"generated:1-48, but {name} was asked for."
             )
-        expanded += [f"generated:{seed}{match[3] or ''}" for seed in range(first, last + 1)]
+        expanded += [f"generated:{seed}{match[3]}" for seed in range(first, last + 1)]
     return tuple(expanded)
 
 
@@ -229,7 +241,7 @@ def _user_scenario(name: str) -> Scenario:
         return _with_window(name, net, tuple(routes), (), {})
     raise UserError(
         f"A scenario is generated:<seed>, resco:<map>, the path of a .sumocfg, or "
-        f"net.xml,routes.rou.xml, and may end with @10, but {name!r} was asked for."
+        f"net.xml,routes.rou.xml, and may end with %150 or @10, but {name!r} was asked for."
     )
 
 

@@ -355,6 +355,43 @@ def test_a_range_and_a_repetition_keep_their_pace():
     assert expand(["generated:1-2@5*2"]) == ("generated:1@5", "generated:2@5") * 2
 
 
+# How many vehicles there are
+
+
+def test_a_share_multiplies_the_scale_of_a_scenario_and_changes_nothing_else():
+    plain, busier = load_scenario("generated:7"), load_scenario("generated:7%150")
+    assert busier == replace(plain, name="generated:7%150", options=(("scale", "1.5"),))
+
+
+def test_half_as_many_vehicles_again_enter_where_that_was_asked_for():
+    def entered(name: str) -> int:
+        scenario = load_scenario(name)
+        with World() as world:
+            world.reset(scenario, seed=1)
+            world.drive("max_wave", scenario.begin_s + 900)
+            return len(world.trips())
+
+    assert entered("generated:7%150") == pytest.approx(1.5 * entered("generated:7"), rel=0.1)
+
+
+def test_a_share_of_a_users_scale_is_a_share_of_it(tmp_path, monkeypatch):
+    SUMOCFG
+
+
+def test_a_range_and_a_repetition_keep_their_share_and_pace():
+    assert expand(["generated:1-2%140@5*2"]) == ("generated:1%140@5", "generated:2%140@5") * 2
+
+
+def test_more_vehicles_are_other_traffic():
+    assert traffic("generated:7%150@5") == "generated:7%150" != traffic("generated:7")
+
+
+@pytest.mark.parametrize("name", ["generated:7%9", "generated:7%1000", "generated:7@5%150"])
+def test_a_share_that_cannot_be_read_is_refused(name):
+    with pytest.raises(UserError, match=re.escape(name)):
+        require_scenarios([name])
+
+
 # RESCO
 
 
