@@ -1,9 +1,9 @@
 """Where worlds come from: generated cities, installed RESCO maps, the user's own SUMO files.
 
 A scenario is named by a string: `generated:<seed>`, `resco:<map>`, the path of a `.sumocfg`, or
-`a.net.xml,b.rou.xml` (one network, then one or more route files). `%150` behind any of them has half
-as many vehicles again, `@15` behind that lets its junctions choose every 15 s. What a user hands us
-is checked before a simulation sees it; every complaint is one `UserError`.
+`a.net.xml,b.rou.xml` (one network, then one or more route files). `%150` behind any of them has
+half as many vehicles again, `@15` behind that lets its junctions choose every 15 s. What a user
+hands us is checked before a simulation sees it; every complaint is one `UserError`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ NOT_TAKEN = (".output", "threads")
 _RANGE = re.compile(r"generated:(\d+)-(\d+)((?:%\d+)?(?:@\d+)?)")
 _REPEATED = re.compile(r"(.+)\*([1-9]\d{0,3})")
 _PACED = re.compile(r"(.+)@(\d{1,4})")
-_SCALED = re.compile(r"(.+)%([1-9]\d{1,2})")
+_SCALED = re.compile(r"(.+)%([1-9]\d{1,2})$")
 
 
 def default_cache_dir() -> Path:

@@ -58,7 +58,8 @@ class Scenario:
     end_s: float
     step_length_s: float = 1.0
     options: tuple[tuple[str, str], ...] = ()
-    """SUMO's options that decide how vehicles move, by name: those of a user's `.sumocfg`, and its `scale`."""
+    """SUMO's options that decide how vehicles move, by name: those of a user's `.sumocfg`, and
+    the `scale` that a name asks for."""
     timing: SignalTiming = field(default_factory=SignalTiming)
 
 

@@ -32,7 +32,8 @@ _KINDS = (
     ("resco:<map>", "a map of the RESCO benchmark, shipped with the package sumo-rl"),
     ("<path>.sumocfg", "your own configuration"),
     ("<net>.net.xml,<routes>.rou.xml", "your own network and demand"),
-    ("<any of these>@15", "the same, with a decision every 15 s"),
+    ("<any of these>%150", "the same, with half as many vehicles again"),
+    ("<any of these>@15", "the same, with a decision every 15 s; may follow the percentage"),
 )
 
 _EXAMPLE_S = 300.0

@@ -24,6 +24,7 @@ HORIZON_S = 60.0
 KINDS = {
     "generated:1": 300,
     "generated:6": 300,
+    "generated:6%140@5": 300,
     "resco:cologne1": 240,
     "resco:ingolstadt7": 120,
     "user": 200,

@@ -368,14 +368,10 @@ def test_half_as_many_vehicles_again_enter_where_that_was_asked_for():
         scenario = load_scenario(name)
         with World() as world:
             world.reset(scenario, seed=1)
-            world.drive("max_wave", scenario.begin_s + 900)
-            return len(world.trips())
+            world.drive("max_wave", scenario.end_s)
+            return world.trips().num_trips
 
     assert entered("generated:7%150") == pytest.approx(1.5 * entered("generated:7"), rel=0.1)
-
-
-def test_a_share_of_a_users_scale_is_a_share_of_it(tmp_path, monkeypatch):
-    SUMOCFG
 
 
 def test_a_range_and_a_repetition_keep_their_share_and_pace():
@@ -560,6 +556,7 @@ def test_how_vehicles_move_is_taken_from_the_configuration(files, tmp_path):
     name = write_config(tmp_path, INPUT + moving + '<output><fcd-output value="x.xml"/></output>')
     loaded = load_scenario(name)
     assert loaded.options == (("scale", "2"),)
+    assert load_scenario(f"{name}%50").options == (("scale", "1"),)
     num_trips = []
     for played in (replace(loaded, options=()), loaded):
         with World() as world:
