@@ -18,9 +18,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from envs.demand import departure_window, parse_seconds
 from envs.errors import UserError
 from envs.generator import generate
-from envs.scenario_check import check_scenario, departure_window, parse_seconds
+from envs.scenario_check import check_scenario
 from envs.types import Scenario, SignalTiming
 
 MAX_SEED = 2**31 - 1

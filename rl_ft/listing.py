@@ -5,16 +5,14 @@ Shows what others define; decides nothing.
 
 from __future__ import annotations
 
-import gzip
-import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from envs.demand import num_departures
 from envs.scenario import load_scenario, scenario_names
-from envs.types import Decision, JunctionSpec, Phase, Scenario
+from envs.types import Decision, JunctionSpec, Phase
 from envs.world import World
 from rl_ft.config import Config
 from rl_ft.recipe import (
@@ -71,15 +69,6 @@ def show_scenario(console: Console, name: str) -> None:
         console.print(_phase_table(junction))
     if decisions:
         _print_example(console, decisions[0])
-
-
-def num_departures(scenario: Scenario) -> float:
-    """Vehicles that the route files let depart within the window; of random flows, the mean."""
-    return float(dict(scenario.options).get("scale", 1)) * sum(
-        _departures(element, scenario)
-        for file in scenario.route_files
-        for element in _demand_elements(Path(file))
-    )
 
 
 def list_recipes(console: Console) -> None:
@@ -139,32 +128,3 @@ def _print_example(console: Console, decision: Decision) -> None:
 
     console.print(f"what a model reads at {decision.observation.time_s:g} s:")
     console.print(observation_text(decision), markup=False, highlight=False, soft_wrap=True)
-
-
-def _demand_elements(file: Path) -> Iterator[ET.Element]:
-    with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as source:
-        for _, element in ET.iterparse(source):
-            if element.tag in ("vehicle", "trip", "flow"):
-                yield element
-                element.clear()
-
-
-def _departures(element: ET.Element, scenario: Scenario) -> float:
-    from envs.scenario_check import parse_seconds
-
-    if element.tag != "flow":
-        depart = parse_seconds(element.get("depart", ""))
-        return float(depart is not None and scenario.begin_s <= depart < scenario.end_s)
-    begin = parse_seconds(element.get("begin", "")) or 0.0
-    end = parse_seconds(element.get("end", ""))
-    end = scenario.end_s if end is None else end
-    inside = max(0.0, min(end, scenario.end_s) - max(begin, scenario.begin_s))
-    if element.get("number") is not None:
-        return float(element.get("number", 0)) * inside / (end - begin) if end > begin else 0.0
-    if element.get("vehsPerHour") is not None:
-        return float(element.get("vehsPerHour", 0)) * inside / 3600
-    if element.get("probability") is not None:
-        return float(element.get("probability", 0)) * inside
-    period = element.get("period", "")
-    rate = float(period[4:-1]) if period.startswith("exp(") else 1 / float(period or "inf")
-    return rate * inside
