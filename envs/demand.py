@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import math
 import xml.etree.ElementTree as ET
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -18,8 +19,9 @@ from envs.types import Scenario
 TAGS = ("vehicle", "trip", "flow")
 
 
-def departure_window(name: str, routes: Sequence[str]) -> tuple[float, float]:
-    """First and last second at which the route files let a vehicle depart."""
+def departure_window(name: str, routes: Sequence[str], begin_s: float = 0.0) -> tuple[float, float]:
+    """First and last second at which the route files let a vehicle depart; infinite where a flow
+    has no end. `begin_s` is when the simulation begins."""
     times = []
     for path in routes:
         if not Path(path).is_file():
@@ -27,16 +29,11 @@ def departure_window(name: str, routes: Sequence[str]) -> tuple[float, float]:
                 f"The route file {path} of scenario {name} does not exist: check the path."
             )
         for element in elements("route file", path):
-            times += departures(element)
+            times += departures(element, begin_s)
     if not times:
         raise UserError(
             f"{listed(routes)} must hold a vehicle, trip or flow with a departure time, but there "
             "is none."
-        )
-    if math.isinf(max(times)):
-        raise UserError(
-            f"A flow of {listed(routes)} has no end, so {name} has none: give the flow an end, or "
-            "name the files in a .sumocfg with <begin> and <end>."
         )
     return min(times), max(times)
 
@@ -50,17 +47,25 @@ def num_departures(scenario: Scenario) -> float:
     )
 
 
-def departures(element: ET.Element) -> list[float]:
-    """First and last departure of a vehicle, trip or flow; empty if it has no fixed time."""
+def departures(element: ET.Element, begin_s: float) -> list[float]:
+    """First and last departure of a vehicle, trip or flow; empty if it has no fixed time.
+
+    As in SUMO, a flow begins with the simulation and has no end where it does not say so; one that
+    tells its rate and its number of vehicles ends with the last of them.
+    """
     if element.tag not in TAGS:
         return []
-    if element.tag == "flow":
-        # SUMO's defaults: from the beginning on, and without an end.
-        begin_s = parse_seconds(element.get("begin", "0"))
-        end_s = parse_seconds(element.get("end", ""))
-        return [] if begin_s is None else [begin_s, math.inf if end_s is None else end_s]
-    depart_s = parse_seconds(element.get("depart", ""))
-    return [] if depart_s is None else [depart_s]
+    if element.tag != "flow":
+        depart_s = parse_seconds(element.get("depart", ""))
+        return [] if depart_s is None else [depart_s]
+    first_s = parse_seconds(element.get("begin", str(begin_s)))
+    if first_s is None:
+        return []
+    last_s = parse_seconds(element.get("end", ""))
+    if last_s is None:
+        rate, number = _rate(element), element.get("number")
+        last_s = first_s + float(number) / rate if rate and number else math.inf
+    return [first_s, last_s]
 
 
 def parse_seconds(text: str) -> float | None:
@@ -91,7 +96,7 @@ def elements(role: str, path: str) -> Iterator[ET.Element]:
                     element.clear()
                     if stack:
                         stack[-1].clear()
-    except (ET.ParseError, EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except (ET.ParseError, EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"The {role} {path} is not readable XML: {error}.") from error
 
 
@@ -102,22 +107,38 @@ def listed(paths: Sequence[str]) -> str:
 
 def _num_within(element: ET.Element, scenario: Scenario) -> float:
     """Vehicles of a vehicle, trip or flow that depart within the window."""
-    times = departures(element)
+    times = departures(element, scenario.begin_s)
     if element.tag != "flow" or not times:
         return float(bool(times) and scenario.begin_s <= times[0] < scenario.end_s)
     first_s, last_s = times
-    end_s = min(last_s, scenario.end_s)
-    inside_s = max(0.0, end_s - max(first_s, scenario.begin_s))
-    if element.get("number") is not None:
-        length_s = (scenario.end_s if math.isinf(last_s) else last_s) - first_s
-        return float(element.get("number", 0)) * inside_s / length_s if length_s > 0 else 0.0
-    if element.get("vehsPerHour") is not None:
-        return float(element.get("vehsPerHour", 0)) * inside_s / 3600
-    if element.get("probability") is not None:
-        return float(element.get("probability", 0)) * inside_s
-    period = element.get("period", "")
-    rate = float(period[4:-1]) if period.startswith("exp(") else 1 / float(period or "inf")
+    last_s = scenario.end_s if math.isinf(last_s) else last_s
+    inside_s = max(0.0, min(last_s, scenario.end_s) - max(first_s, scenario.begin_s))
+    rate = _rate(element)
+    if rate is None:
+        rate = float(element.get("number", 0)) / (last_s - first_s) if last_s > first_s else 0.0
     return rate * inside_s
+
+
+def _rate(flow: ET.Element) -> float | None:
+    """Vehicles a second, in the mean; None where a flow has only a number of them.
+
+    Raises:
+        UserError: what it says is no rate.
+    """
+    kinds = [kind for kind in ("vehsPerHour", "probability", "period") if flow.get(kind)]
+    if not kinds:
+        return None
+    text = flow.get(kinds[0], "")
+    try:
+        if kinds[0] != "period":
+            return float(text) / (3600 if kinds[0] == "vehsPerHour" else 1)
+        if text.startswith("exp("):
+            return float(text[4:-1])
+        return 1 / (parse_seconds(text) or 0.0)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(
+            f"The flow {flow.get('id', '')} has {kinds[0]}={text!r}, which is no rate."
+        ) from None
 
 
 def _open(path: str) -> IO[bytes]:

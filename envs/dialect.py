@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from envs.answers import FORMATS, choice_words
-from envs.types import Decision, LaneSpec, LaneState, Turn
+from envs.types import SECTORS, TURNS, Decision, LaneSpec, LaneState, Turn
 
 Message = dict[str, str]
 
@@ -32,11 +32,8 @@ INSTRUCTIONS = (
     "those from one choice to the next."
 )
 
-_SECTORS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
-_TURN_ORDER: tuple[Turn, ...] = ("turnaround", "left", "through", "right")
 _TURN_SETS = tuple(
-    "+".join(turn for bit, turn in enumerate(_TURN_ORDER) if mask >> bit & 1)
-    for mask in range(1, 16)
+    "+".join(turn for bit, turn in enumerate(TURNS) if mask >> bit & 1) for mask in range(1, 16)
 )
 BLOCKED_AFTER_S = 10
 """Seconds of green after which a first vehicle that has stood as long is called blocked: it waits
@@ -70,8 +67,8 @@ VOCABULARY: tuple[str, ...] = (
     "no",
     *(f"{letter}{n}" for letter in COUNTS for n in range(MAX_COUNT + 1)),
     *(f"{letter}{n}" for letter in DURATIONS for n in sorted({round_s(s) for s in range(241)})),
-    *_SECTORS,
-    *(f"{sector}{i}" for sector in _SECTORS for i in (2, 3)),
+    *SECTORS,
+    *(f"{sector}{i}" for sector in SECTORS for i in (2, 3)),
     *_TURN_SETS,
 )
 """The words of the prompts, for tokenizers that are built for them."""

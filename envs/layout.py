@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import libsumo
 
 from envs.errors import UserError
 from envs.naming import phase_name
 from envs.signals import GREEN, green_states
-from envs.types import JunctionSpec, LaneSpec, Phase, Turn
+from envs.types import SECTORS, TURNS, JunctionSpec, LaneSpec, Phase, Turn
 
 DETECTOR_RANGE_M = 200.0
 """How far upstream of the stop line detectors see; RESCO's value."""
 
-_SECTORS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 _TURNS: dict[str, Turn] = {
     "s": "through",
     "l": "left",
@@ -29,7 +29,8 @@ _TURNS: dict[str, Turn] = {
     "R": "right",
     "t": "turnaround",
 }
-_TURN_ORDER: tuple[Turn, ...] = ("turnaround", "left", "through", "right")
+Direction = tuple[int, str, str, Turn]
+"""Index of its light in the signal's state, incoming lane, outgoing lane, turn."""
 
 
 def junction_specs() -> tuple[JunctionSpec, ...]:
@@ -63,20 +64,29 @@ class _Roads:
         self.controlled = _controlled_lanes()
 
 
+def running_program(tls_id: str) -> Any:
+    """SUMO's logic of the program that a traffic light runs now; additional files may bring others
+    than the network's own."""
+    now = libsumo.trafficlight.getProgram(tls_id)
+    (logic,) = [
+        logic
+        for logic in libsumo.trafficlight.getAllProgramLogics(tls_id)
+        if logic.programID == now
+    ]
+    return logic
+
+
 def _junction_spec(tls_id: str, roads: _Roads) -> JunctionSpec | None:
-    program = libsumo.trafficlight.getAllProgramLogics(tls_id)[0]
-    states = list(green_states([phase.state for phase in program.phases]))
+    states = list(green_states([phase.state for phase in running_program(tls_id).phases]))
     links = libsumo.trafficlight.getControlledLinks(tls_id)
     if len(states) < 2:
         return None
     directions = _link_directions(links)
-    lane_ids = tuple(dict.fromkeys(incoming for incoming, _, _ in directions.values()))
+    lane_ids = tuple(dict.fromkeys(incoming for _, incoming, _, _ in directions))
     if not lane_ids:
         return None
     approaches = _approaches(lane_ids)
-    lanes = tuple(
-        _lane_spec(lane_id, approaches, directions.values(), roads) for lane_id in lane_ids
-    )
+    lanes = tuple(_lane_spec(lane_id, approaches, directions, roads) for lane_id in lane_ids)
     phases = tuple(
         _phase(phase_name(i), state, directions, lanes, roads) for i, state in enumerate(states)
     )
@@ -86,9 +96,10 @@ def _junction_spec(tls_id: str, roads: _Roads) -> JunctionSpec | None:
 
 def _link_directions(
     links: Iterable[Iterable[tuple[str, str, str]]],
-) -> dict[int, tuple[str, str, Turn]]:
-    """Link index -> (incoming lane, outgoing lane, turn); pedestrian crossings are left out."""
-    found = {}
+) -> list[Direction]:
+    """The ways that a signal controls, of which several may share one light; pedestrian crossings
+    are left out."""
+    found = []
     for i, group in enumerate(links):
         for incoming, outgoing, _ in group:
             if incoming.startswith(":"):
@@ -101,14 +112,14 @@ def _link_directions(
                 ),
                 "through",
             )
-            found[i] = (incoming, outgoing, turn)
+            found.append((i, incoming, outgoing, turn))
     return found
 
 
 def _phase(
     name: str,
     state: str,
-    directions: Mapping[int, tuple[str, str, Turn]],
+    directions: Sequence[Direction],
     specs: Sequence[LaneSpec],
     roads: _Roads,
 ) -> Phase:
@@ -116,7 +127,7 @@ def _phase(
     opened: dict[int, list[tuple[Turn, bool]]] = defaultdict(list)
     downstream: list[str] = []
     inside: list[str] = []
-    for link, (incoming, outgoing, turn) in directions.items():
+    for link, incoming, outgoing, turn in directions:
         if state[link] in GREEN:
             opened[index[incoming]].append((turn, state[link] == "G"))
             downstream.append(outgoing)
@@ -146,20 +157,20 @@ def _within(incoming: str, outgoing: str) -> Iterator[str]:
 
 def _ordered(turns: Iterable[Turn]) -> tuple[Turn, ...]:
     present = set(turns)
-    return tuple(turn for turn in _TURN_ORDER if turn in present)
+    return tuple(turn for turn in TURNS if turn in present)
 
 
 def _lane_spec(
     lane_id: str,
     approaches: Mapping[str, str],
-    directions: Iterable[tuple[str, str, Turn]],
+    directions: Sequence[Direction],
     roads: _Roads,
 ) -> LaneSpec:
     chain = _reach([(lane_id, 0.0)], roads.own_feeders, roads.controlled)
     return LaneSpec(
         lane_id=lane_id,
         approach=approaches[libsumo.lane.getEdgeID(lane_id)],
-        turns=_ordered(turn for incoming, _, turn in directions if incoming == lane_id),
+        turns=_ordered(turn for _, incoming, _, turn in directions if incoming == lane_id),
         length_m=max(end + libsumo.lane.getLength(lane) for lane, end in chain),
         speed_limit_mps=libsumo.lane.getMaxSpeed(lane_id),
         chain=chain,
@@ -251,7 +262,7 @@ def _approaches(lane_ids: Iterable[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: dict[str, int] = defaultdict(int)
     for edge, bearing in sorted(bearings.items(), key=lambda item: (item[1], item[0])):
-        sector = _SECTORS[round(bearing / 45) % 8]
+        sector = SECTORS[round(bearing / 45) % 8]
         taken[sector] += 1
         names[edge] = sector if taken[sector] == 1 else f"{sector}{taken[sector]}"
     return names

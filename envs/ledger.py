@@ -51,7 +51,9 @@ class Ledger:
         )
         speed = libsumo.vehicle.getSpeed
         self._halting += elapsed_s * sum(speed(v) < HALTING_MPS for v in now)
-        self._loss_s = now
+        # Whom SUMO has taken off the road for a moment, after a collision, comes back with all that
+        # was lost before.
+        self._loss_s = before | now
 
     def outcome(self) -> Outcome:
         """What has been lost since the instant."""

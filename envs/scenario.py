@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from envs.demand import departure_window, parse_seconds
+from envs.demand import departure_window, listed, parse_seconds
 from envs.errors import UserError
 from envs.generator import generate
 from envs.scenario_check import check_scenario
@@ -48,13 +48,13 @@ RESCO_TIMINGS = {
 MOVING_SECTIONS = ("processing", "routing")
 """Sections of a `.sumocfg` that decide how vehicles move: `scale`, `lateral-resolution` and so on.
 What `envs.sumo` sets itself (steps, files, teleporting, the seed) is not taken from there."""
-NOT_TAKEN = (".output", "threads")
-"""How options end that would write files or, in a process that is forked, start threads."""
+NOT_TAKEN = re.compile(r"\.output$|threads$|^time-to-teleport|^max-depart-delay$")
+"""Options that would write files, start threads in a process that is forked, or take vehicles off
+the road: whoever waits too long is what a delay is made of."""
 
 _RANGE = re.compile(r"generated:(\d+)-(\d+)((?:%\d+)?(?:@\d+)?)")
 _REPEATED = re.compile(r"(.+)\*([1-9]\d{0,3})")
-_PACED = re.compile(r"(.+)@(\d{1,4})")
-_SCALED = re.compile(r"(.+)%([1-9]\d{1,2})$")
+_NAME = re.compile(r"(.*?)(?:%([1-9]\d{1,2}))?(?:@(\d{1,4}))?", re.DOTALL)
 
 
 def default_cache_dir() -> Path:
@@ -68,54 +68,65 @@ def load_scenario(name: str, *, cache_dir: Path | None = None) -> Scenario:
 
     Files of the user are validated here, so what is returned can be simulated.
     """
-    if (plain := unpaced(name)) != name:
-        scenario = load_scenario(plain, cache_dir=cache_dir)
-        return replace(scenario, name=name, timing=_paced(name, scenario.timing))
-    if (scaled := _SCALED.fullmatch(name)) is not None:
-        scenario = load_scenario(scaled[1], cache_dir=cache_dir)
-        return replace(_scaled(scenario, int(scaled[2])), name=name)
-    kind, separator, rest = name.partition(":")
+    base, percent, interval_s = _parts(name)
+    kind, separator, rest = base.partition(":")
     if separator and kind == "generated":
-        return generate(_seed(name, rest), cache_dir or default_cache_dir())
-    if separator and kind == "resco":
-        return _resco(name, rest)
-    scenario = _user_scenario(name)
-    validate_scenario(scenario)
-    return scenario
+        scenario = generate(_seed(name, rest), cache_dir or default_cache_dir())
+    elif separator and kind == "resco":
+        scenario = _resco(base, rest)
+    else:
+        scenario = _user_scenario(base)
+        validate_scenario(scenario)
+    return replace(
+        scenario,
+        name=name,
+        options=_scaled(scenario.options, percent),
+        timing=_paced(name, scenario.timing, interval_s),
+    )
 
 
-def unpaced(name: str) -> str:
-    """The name without how often its junctions choose: the same traffic."""
-    paced = _PACED.fullmatch(name)
-    return paced[1] if paced else name
-
-
-def _scaled(scenario: Scenario, percent: int) -> Scenario:
-    """The scenario with more vehicles on the same ways, or fewer: SUMO's `scale`."""
-    options = dict(scenario.options)
-    scale = float(options.get("scale", 1)) * percent / 100
-    return replace(scenario, options=tuple((options | {"scale": f"{scale:g}"}).items()))
+def _parts(name: str) -> tuple[str, int, int | None]:
+    """A name without what may stand behind it, the percentage (100) and the interval (None)."""
+    base, percent, interval_s = _NAME.fullmatch(name).groups()
+    if (percent or interval_s) and any(_NAME.fullmatch(base).groups()[1:]):
+        raise UserError(
+            f"Behind a scenario stand at most one %150 and then one @10, but {name} was asked for."
+        )
+    return base, int(percent or 100), int(interval_s) if interval_s else None
 
 
 def traffic(name: str) -> str:
     """What two names have in common that are the same traffic: no pace, and files by full path."""
-    plain = unpaced(name)
-    if plain.startswith(("generated:", "resco:")):
-        return plain
-    return ",".join(str(Path(part.strip()).resolve()) for part in plain.split(","))
+    base, percent, _ = _parts(name)
+    kind, _, rest = base.partition(":")
+    if kind == "generated":
+        base = f"{kind}:{rest.lstrip('0') or '0'}"
+    elif kind != "resco":
+        base = ",".join(str(Path(part.strip()).resolve()) for part in base.split(","))
+    return base if percent == 100 else f"{base}%{percent}"
 
 
-def _paced(name: str, timing: SignalTiming) -> SignalTiming:
-    """The timing, with the interval that a name ends with if it does."""
-    paced = _PACED.fullmatch(name)
-    if not paced:
+Options = tuple[tuple[str, str], ...]
+
+
+def _scaled(options: Options, percent: int) -> Options:
+    """The options with SUMO's `scale` multiplied: more vehicles on the same ways, or fewer."""
+    if percent == 100:
+        return options
+    settings = dict(options)
+    scale = float(settings.get("scale", 1)) * percent / 100
+    return tuple((settings | {"scale": f"{scale:g}"}).items())
+
+
+def _paced(name: str, timing: SignalTiming, interval_s: int | None) -> SignalTiming:
+    """The timing, with the interval that a name asks for if it does."""
+    if interval_s is None:
         return timing
-    interval_s = int(paced[2])
     shortest_s, longest_s = timing.yellow_s + timing.all_red_s + 1, timing.max_green_s
     if not shortest_s <= interval_s <= longest_s:
         raise UserError(
-            f"Junctions of {paced[1]} can choose every {shortest_s} to {longest_s} s, more than "
-            f"their yellow and up to their maximum green, but {name} was asked for."
+            f"Junctions of {_parts(name)[0]} can choose every {shortest_s} to {longest_s} s, more "
+            f"than their yellow and up to their maximum green, but {name} was asked for."
         )
     return replace(timing, decision_interval_s=interval_s)
 
@@ -123,11 +134,11 @@ def _paced(name: str, timing: SignalTiming) -> SignalTiming:
 def require_scenarios(names: Iterable[str]) -> None:
     """Raise a `UserError` for the first name that is none; builds no generated scenario."""
     for name in dict.fromkeys(names):
-        plain = _SCALED.sub(r"\1", unpaced(name))
-        kind, separator, rest = plain.partition(":")
+        base, _, interval_s = _parts(name)
+        kind, separator, rest = base.partition(":")
         if separator and kind == "generated":
             _seed(name, rest)
-            _paced(name, SignalTiming())
+            _paced(name, SignalTiming(), interval_s)
         else:
             load_scenario(name)
 
@@ -256,7 +267,7 @@ def _from_sumocfg(name: str) -> Scenario:
         raise UserError(f"The SUMO configuration {name} is not readable XML: {error}.") from error
     options = _values(root.iter())
     nets = _files(path.parent, options, ("net-file", "net", "n"))
-    routes = _files(path.parent, options, ("route-files", "route", "r"))
+    routes = _files(path.parent, options, ("route-files", "routes", "r"))
     extra = _files(path.parent, options, ("additional-files", "additional", "a"))
     if len(nets) != 1 or not routes:
         raise UserError(
@@ -269,19 +280,29 @@ def _from_sumocfg(name: str) -> Scenario:
         for section in root
         if section.tag in MOVING_SECTIONS
         for key, value in _values(section).items()
-        if not key.endswith(NOT_TAKEN)
+        if not NOT_TAKEN.search(key)
     }
+    _require_number(name, "scale", moving.get("scale", "1"))
     return replace(scenario, options=tuple(moving.items()))
 
 
+def _require_number(name: str, key: str, text: str) -> None:
+    try:
+        float(text)
+    except ValueError:
+        raise UserError(
+            f"The SUMO configuration {name} must give {key} as a number, but it says {text!r}."
+        ) from None
+
+
 def _values(elements: Iterable[ET.Element]) -> dict[str, str]:
-    return {element.tag: element.get("value", "") for element in elements}
+    return {e.tag: e.get("value", e.get("v", "")) for e in elements}
 
 
 def _files(folder: Path, options: dict[str, str], keys: Sequence[str]) -> tuple[str, ...]:
     """Paths of an option, which SUMO reads relative to the configuration's folder."""
     value = next((options[key] for key in keys if key in options), "")
-    return tuple(str(folder / part) for part in re.split(r"[,;\s]+", value.strip()) if part)
+    return tuple(str(folder / part) for part in map(str.strip, value.split(",")) if part)
 
 
 def _with_window(
@@ -295,10 +316,16 @@ def _with_window(
     begin_s = _time(name, options, ("begin", "b"))
     end_s = _time(name, options, ("end", "e"))
     step_s = _time(name, options, ("step-length",))
-    if begin_s is None or end_s is None or end_s < 0:
-        first_s, last_s = departure_window(name, routes)
+    endless = end_s is None or end_s < 0
+    if begin_s is None or endless:
+        first_s, last_s = departure_window(name, routes, begin_s or 0.0)
         begin_s = math.floor(first_s) if begin_s is None else begin_s
-        end_s = math.floor(last_s) + 1 if end_s is None or end_s < 0 else end_s
+        if endless and math.isinf(last_s):
+            raise UserError(
+                f"A flow of {listed(routes)} has no end, so {name} has none: give the flow an end, "
+                "or name the files in a .sumocfg with <begin> and <end>."
+            )
+        end_s = math.floor(last_s) + 1 if endless else end_s
     return Scenario(
         name=name,
         kind="user",

@@ -26,16 +26,24 @@ def check_scenario(scenario: Scenario) -> None:
             raise UserError(
                 f"The {role} {path} of scenario {scenario.name} does not exist: check the path."
             )
-    edges = _check_net(scenario.net_file)
+    check_step_length(scenario)
+    edges = _check_net(scenario)
     departs = [_check_routes(scenario, path, edges) for path in scenario.route_files]
     if not any(departs):
         raise UserError(
             f"No vehicle of {listed(scenario.route_files)} departs between "
             f"{scenario.begin_s:g} s and {scenario.end_s:g} s: check the demand and the window."
         )
-    for path in scenario.additional_files:
-        for _ in elements("additional file", path):
-            pass
+
+
+def check_step_length(scenario: Scenario) -> None:
+    """Signals change and losses are sampled at whole seconds: steps must meet them."""
+    length = scenario.step_length_s
+    if length <= 0 or abs(round(1 / length) * length - 1) > 1e-9:
+        raise UserError(
+            f"Scenario {scenario.name} has a step-length of {length:g} s, but it must divide one "
+            "second, such as 1, 0.5 or 0.1: change step-length in its .sumocfg."
+        )
 
 
 def _named_files(scenario: Scenario) -> Iterator[tuple[str, str]]:
@@ -46,17 +54,20 @@ def _named_files(scenario: Scenario) -> Iterator[tuple[str, str]]:
         yield "additional file", path
 
 
-def _check_net(path: str) -> set[str]:
-    """Edges of the network, which must have a signal with a choice."""
+def _check_net(scenario: Scenario) -> set[str]:
+    """Edges of the network, which must have a signal with a choice, if need be by a program of an
+    additional file."""
+    path = scenario.net_file
     edges: set[str] = set()
     greens: dict[str, int] = {}
-    for element in elements("network", path):
-        if element.tag == "edge":
-            edges.add(element.get("id", ""))
-        elif element.tag == "tlLogic":
-            states = [phase.get("state", "") for phase in element.iter("phase")]
-            name = element.get("id", "")
-            greens[name] = max(len(green_states(states)), greens.get(name, 0))
+    for role, file in _named_files(scenario):
+        for element in elements(role, file) if role != "route file" else ():
+            if element.tag == "edge" and role == "network":
+                edges.add(element.get("id", ""))
+            elif element.tag == "tlLogic":
+                states = [phase.get("state", "") for phase in element.iter("phase")]
+                name = element.get("id", "")
+                greens[name] = max(len(green_states(states)), greens.get(name, 0))
     if not edges:
         raise UserError(
             f"The network {path} must be one that netconvert writes, but it has no edge."
@@ -88,7 +99,7 @@ def _check_routes(scenario: Scenario, path: str, edges: set[str]) -> bool:
                         f"A {owner} of {path} uses edge {edge!r}, which is not in the network "
                         f"{scenario.net_file}: these files do not belong together."
                     )
-        times = departures(element)
+        times = departures(element, scenario.begin_s)
         if times and times[0] < scenario.end_s and times[-1] >= scenario.begin_s:
             departs = True
         if departs and checked >= NUM_CHECKED:

@@ -18,9 +18,10 @@ from envs import detectors, heap, signals
 from envs.controllers import CONTROLLERS, PROGRAMS
 from envs.errors import UserError
 from envs.fork import fork_map
-from envs.layout import junction_specs
+from envs.layout import junction_specs, running_program
 from envs.ledger import Ledger, world_digest
 from envs.metrics import trip_stats
+from envs.scenario_check import check_step_length
 from envs.types import (
     Action,
     Decision,
@@ -44,7 +45,7 @@ class Simulation:
     """
 
     def __init__(self, scenario: Scenario, seed: int, *, program: str | None = None) -> None:
-        _require_whole_seconds(scenario)
+        check_step_length(scenario)
         self.scenario = scenario
         self.seed = seed
         self.program = program
@@ -74,6 +75,8 @@ class Simulation:
             "--net-file": scenario.net_file,
             "--route-files": ",".join(scenario.route_files),
             "--begin": str(scenario.begin_s),
+            # A flow that has a number of vehicles and no end spreads them until here.
+            "--end": str(scenario.end_s),
             "--step-length": str(scenario.step_length_s),
             "--seed": str(self.seed),
             "--time-to-teleport": "-1",
@@ -311,16 +314,6 @@ class Simulation:
         self._directory.cleanup()
 
 
-def _require_whole_seconds(scenario: Scenario) -> None:
-    """Signals change and losses are sampled at whole seconds: steps must meet them."""
-    length = scenario.step_length_s
-    if length <= 0 or abs(round(1 / length) * length - 1) > 1e-9:
-        raise UserError(
-            f"Scenario {scenario.name} has a step-length of {length:g} s, but it must divide one "
-            "second, such as 1, 0.5 or 0.1: change step-length in its .sumocfg."
-        )
-
-
 def _load(scenario: Scenario, options: list[str]) -> None:
     try:
         libsumo.start(options)
@@ -339,7 +332,7 @@ def _actuated_programs(scenario: Scenario) -> str:
         lines.append(
             f"<tlLogic id={quoteattr(tls_id)} type='actuated' programID='rlft' offset='0'>"
         )
-        for phase in libsumo.trafficlight.getAllProgramLogics(tls_id)[0].phases:
+        for phase in running_program(tls_id).phases:
             limits = (
                 f" minDur='{timing.min_green_s}' maxDur='50'"
                 if signals.green_states([phase.state])

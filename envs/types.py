@@ -17,8 +17,17 @@ number (`north2`) when two arms share a sector."""
 DecisionFormat = Literal["phase", "phase_duration", "extend"]
 """How a junction is asked: see `envs.answers`."""
 
+SECTORS: tuple[Approach, ...] = (
+    *("north", "northeast", "east", "southeast"),
+    *("south", "southwest", "west", "northwest"),
+)
+"""Clockwise."""
+
 Turn = str
 """left, through, right or turnaround."""
+
+TURNS: tuple[Turn, ...] = ("turnaround", "left", "through", "right")
+"""From the middle of the road to the kerb."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

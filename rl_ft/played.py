@@ -120,7 +120,8 @@ def _code() -> list[object]:
 @functools.cache
 def _traffic(name: str) -> list[object]:
     scenario = load_scenario(name)
-    said: list[object] = [name, scenario.begin_s, scenario.end_s, scenario.step_length_s]
+    window = (scenario.begin_s, scenario.end_s, scenario.step_length_s)
+    said: list[object] = [name, *window, scenario.options]
     if scenario.kind == "generated":
         # Its files say when they were made; its name and the code make them.
         return said

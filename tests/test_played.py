@@ -146,6 +146,19 @@ def test_files_of_a_scenario_that_have_changed_sign_otherwise(tmp_path):
     assert subprocess.run(sign(name), capture_output=True, text=True).stdout != before
 
 
+def test_the_settings_of_a_configuration_sign_otherwise(tmp_path):
+    files = (load_scenario("generated:1").net_file, *load_scenario("generated:1").route_files)
+    config = tmp_path / "my.sumocfg"
+    signs = set()
+    for scale in (1, 2):
+        config.write_text(
+            f'<configuration><input><net-file value="{files[0]}"/><route-files value="{files[1]}"/>'
+            f'</input><processing><scale value="{scale}"/></processing></configuration>'
+        )
+        signs.add(subprocess.run(sign(str(config)), capture_output=True, text=True).stdout)
+    assert len(signs) == 2
+
+
 def sign(name):
     code = (
         "from rl_ft.config import Config; from rl_ft.played import signature; "

@@ -382,7 +382,13 @@ def test_more_vehicles_are_other_traffic():
     assert traffic("generated:7%150@5") == "generated:7%150" != traffic("generated:7")
 
 
-@pytest.mark.parametrize("name", ["generated:7%9", "generated:7%1000", "generated:7@5%150"])
+def test_other_spellings_of_a_city_are_the_same_traffic():
+    assert traffic("generated:007%100") == traffic("generated:7")
+
+
+@pytest.mark.parametrize(
+    "name", ["generated:7%9", "generated:7%1000", "generated:7@5%150", "resco:cologne1%150%150"]
+)
 def test_a_share_that_cannot_be_read_is_refused(name):
     with pytest.raises(UserError, match=re.escape(name)):
         require_scenarios([name])

@@ -136,7 +136,7 @@ def test_an_evaluation_lets_the_answers_vote_too(prepared, tmp_path):
             "--out",
             str(out),
         ]
-        asked = ["--model", str(prepared / "sft" / START), "--scenario", "generated:1001"]
+        asked = ["--model", str(prepared / "sft" / START), "--scenario", "generated:1001@30"]
         done = subprocess.run(
             [*evaluate, *asked, "--set", f"evaluate.num_tellings={num}"],
             capture_output=True,
