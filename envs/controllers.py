@@ -59,5 +59,3 @@ CONTROLLERS: dict[str, Callable[[Decision], Action]] = {
     "max_wave": max_wave,
     "random": random_phase,
 }
-
-CONTROLLER_NAMES = (*PROGRAMS, *CONTROLLERS, "lookahead")

@@ -7,7 +7,6 @@ Worlds run in threads of this process, whose work happens in their child process
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from envs.scenario import load_scenario
 from envs.types import Action, Decision, Scenario, TripStats
 from envs.world import World
 from rl_ft.config import Config
+from rl_ft.cores import usable_cores
 from rl_ft.interrupt import handed_out, late_interrupt
 from rl_ft.types import Completion
 
@@ -85,7 +85,7 @@ def play_controller(
                 time_s = until_s
             return Episode(policy=name, job=job, trips=world.trips())
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         with late_interrupt():
             futures = [pool.submit(play, job) for job in jobs]
         try:
@@ -173,7 +173,7 @@ def play_model(
     waiting = [iter(in_order[i::num_halves]) for i in range(num_halves)]
     seats: list[list[_Seat]] = [[] for _ in range(num_halves)]
     asked: deque[tuple[int, Iterator[list[list[str | None]]]]] = deque()
-    with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor(1) as asker:
+    with ThreadPoolExecutor(usable_cores()) as pool, ThreadPoolExecutor(1) as asker:
 
         def go_on(half: int) -> None:
             begun = len(seats[half])

@@ -31,9 +31,6 @@ RESERVE_S = 300.0
 ROOM_ATTEMPTS = 10
 """How often Ray Train looks for room for its workers, a minute each; by default for ever."""
 
-JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Ray sets it for what runs as a job, and for nothing else."""
-
 OBJECT_STORE_BYTES = 2**30
 """Of a private cluster: groups and weights of a laptop's run are far smaller."""
 
@@ -95,8 +92,7 @@ def ray_session(config: Config) -> Iterator[None]:
         yield
         return
     settings = config.ray
-    address = settings.address or ("auto" if JOB_VARIABLE in os.environ else None)
-    if address is None:
+    if not config.joins_a_cluster:
         if not config.exports_ray_metrics:
             # The thread that exports them can crash its process (Ray 2.60: a segmentation fault in
             # TemporalMetricStorage::buildMetrics), and hardly anybody collects a private cluster's.
@@ -113,7 +109,7 @@ def ray_session(config: Config) -> Iterator[None]:
                 configure_logging=False,
             )
     else:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        ray.init(address=settings.address or "auto", log_to_driver=False, configure_logging=False)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from pydantic import model_validator
 from envs.answers import HOLD_INTERVALS
 from envs.scenario import expand, traffic
 from envs.types import DecisionFormat, SignalTiming
+from rl_ft.environment import in_a_job
 from rl_ft.sections import (
     CheckConfig,
     EvaluateConfig,
@@ -54,6 +55,11 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     ray: RayConfig = RayConfig()
     monitor: MonitorConfig = MonitorConfig()
+
+    @property
+    def joins_a_cluster(self) -> bool:
+        """Whether a session is one of a cluster that is there, named or that of a Ray job."""
+        return self.ray.address is not None or in_a_job()
 
     @property
     def exports_ray_metrics(self) -> bool:

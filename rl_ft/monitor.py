@@ -89,7 +89,12 @@ class MetricLog:
 
 
 def read_metrics(root: Path, stage: str) -> list[dict[str, Any]]:
-    """The stage's steps in order, each as `step`, `time_s` and `values`.
+    """The stage's steps in order, each as `step`, `time_s` and `values`."""
+    return [line for line in read_record(root) if line["stage"] == stage]
+
+
+def read_record(root: Path) -> list[dict[str, Any]]:
+    """The steps of all stages, as they were written.
 
     A line that is just being written, or never was to its end, is left out.
     """
@@ -97,8 +102,7 @@ def read_metrics(root: Path, stage: str) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     written = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    lines = (json.loads(line) for line in written if line.endswith("\n"))
-    return [line for line in lines if line["stage"] == stage]
+    return [json.loads(line) for line in written if line.endswith("\n")]
 
 
 class Relay:

@@ -43,7 +43,7 @@ class Renderer:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"Expected a model with a tokenizer at {str(model_path)!r}, but none can be loaded "
-                f"({str(error).splitlines()[0]}): name a Hugging Face id or folder."
+                f"({str(error).splitlines()[0]}): name the folder of a Hugging Face model."
             ) from error
         if not self._tokenizer.chat_template:
             raise UserError(

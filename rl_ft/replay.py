@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from envs.answers import label, offered
 from envs.errors import UserError
 from envs.scenario import load_scenario
 from envs.world import World
+from rl_ft.cores import usable_cores
 from rl_ft.dataset import read_everything, read_manifest, require_unchanged
 from rl_ft.interrupt import handed_out
 from rl_ft.progress import track
@@ -43,7 +43,7 @@ def check_dataset(directory: Path, *, num_rows: int, seed: int) -> list[Replayed
     chosen = sorted(random.Random(seed).sample(range(len(states)), min(num_rows, len(states))))
     names = dict.fromkeys(states[i].decision.scenario for i in chosen)
     require_unchanged(names, states, manifest, directory)
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         replayed = handed_out(pool, lambda i: replay(states[i], manifest), chosen)
         return list(track(replayed, "data check", total=len(chosen), unit="rows"))
 

@@ -16,6 +16,7 @@ from typing import Any
 from envs.metrics import t_difference
 from rl_ft import findings, plots
 from rl_ft.findings import Row
+from rl_ft.monitor import read_record
 from rl_ft.run_folder import RunFolder, write_atomically
 
 NUM_EXAMPLES_PER_START = 3
@@ -53,7 +54,7 @@ def write_report(folder: RunFolder) -> Path:
         undefined=StrictUndefined,
     )
     environment.filters |= {"svg": Markup, "policy": plots.label, "colour": plots.colour}
-    metrics = read_metric_lines(folder.root / "metrics.jsonl")
+    metrics = read_record(folder.root)
     html = environment.get_template("report.html").render(
         recipe=folder.config.recipe,
         evaluation=evaluation(_read_json(folder.root / "eval" / "results.json")),
@@ -157,14 +158,6 @@ def training(metrics: Sequence[Row]) -> Row:
         "grpo_policies": policies_of(metrics, "grpo"),
         "times": stage_times(metrics),
     }
-
-
-def read_metric_lines(file: Path) -> list[Row]:
-    """Every recorded step, as it was written; the torn last line of a killed run is left out."""
-    if not file.is_file():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def policies_of(metrics: Sequence[Row], kind: str) -> list[str]:

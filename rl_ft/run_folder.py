@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -103,11 +104,6 @@ class RunFolder:
         folder._note_start()
         return folder
 
-    @property
-    def is_complete(self) -> bool:
-        """Every stage is done."""
-        return all(self.stage_done(stage) for stage in STAGE_SECTIONS)
-
     def path(self, *parts: str) -> Path:
         """The place of a part of the run; the folder it lies in exists afterwards."""
         place = self.root.joinpath(*parts)
@@ -137,6 +133,10 @@ class RunFolder:
         """Record that all of the stage's files are on disk."""
         content = {"config_hash": stage_hash(self.config, stage), "finished": _now()}
         write_atomically(self._marker(stage), json.dumps(content) + "\n")
+
+    def finished(self, stage: str) -> str:
+        """When a stage that is marked was finished, as an ISO date of UTC."""
+        return json.loads(self._marker(stage).read_text())["finished"]
 
     @property
     def ending(self) -> str | None:
@@ -196,10 +196,17 @@ class RunFolder:
 
     def _note_start(self) -> None:
         manifest = self._manifest()
+        manifest.setdefault("run_id", uuid.uuid4().hex)
         manifest["seed"] = self.config.seed
         manifest["evaluation_seeds"] = list(range(1, self.config.evaluate.seeds + 1))
         manifest["starts"].append({"command": sys.argv, "start": _now()} | _provenance())
         self._write_manifest(manifest)
+
+
+def run_id(root: Path) -> str | None:
+    """What a run is known by wherever its folder lies; None of a folder that is no run's."""
+    manifest = root / "manifest.json"
+    return json.loads(manifest.read_text()).get("run_id") if manifest.is_file() else None
 
 
 def stage_hash(config: Config, stage: str) -> str:

@@ -55,7 +55,7 @@ class ModelConfig(Section):
     """The policy."""
 
     name_or_path: str = "tiny"
-    """`tiny` builds the from-scratch model; else a Hugging Face id or folder."""
+    """`tiny` builds the from-scratch model; else the folder of a Hugging Face model."""
     tiny: TinyModelConfig = TinyModelConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraSettings | None = None
@@ -149,7 +149,8 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _not_all_alike(self) -> RewardConfig:
-        if self.traffic == "tanh" and "scale_veh_s" not in self.model_fields_set:
+        default = type(self).model_fields["scale_veh_s"].default
+        if self.traffic == "tanh" and self.scale_veh_s == default:
             raise ValueError(
                 "reward.traffic=tanh squashes the whole cost, hundreds of vehicle seconds: set "
                 "reward.scale_veh_s to such a number too, or all answers earn -1"

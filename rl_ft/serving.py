@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import math
 import os
 import socket
 import time
@@ -188,7 +189,8 @@ def serve_model(
     """Serve until Ctrl-C; `on_ready` is told the address once it answers.
 
     Raises:
-        UserError: there is no such model, or others may ask and no token is set.
+        UserError: there is no such model, others may ask and no token is set, a private cluster has
+            no room for as many replicas, or one that is joined serves already.
         RuntimeError: it does not come up, or does not stay up.
     """
     require_model(model, "--model")
@@ -198,7 +200,9 @@ def serve_model(
             f"--host {host} lets others ask: expected a secret in {TOKEN_VARIABLE}, got none"
         )
     _require_free(host, port)
+    _require_room(replicas, config)
     with ray_session(config):
+        _require_no_other()
         serve.start(http_options={"host": host, "port": port})
         try:
             num_gpus = engine_gpus(replicas, config.generation.tensor_parallel_size)
@@ -225,6 +229,27 @@ def _application(
         num_replicas=replicas, ray_actor_options=options, max_ongoing_requests=4 * MAX_BATCH
     )
     return policy.bind(str(model.absolute()), None if token is None else _hash(token), config)
+
+
+def _require_room(replicas: int, config: Config) -> None:
+    """For a replica that finds none Ray Serve waits for ever."""
+    wanted = replicas * config.cpus_per_engine
+    if not config.joins_a_cluster and wanted > config.ray.num_cpus:
+        raise UserError(
+            f"--replicas {replicas} want {wanted:g} CPUs, but ray.num_cpus of the private cluster "
+            f"is {config.ray.num_cpus}: --set ray.num_cpus={math.ceil(wanted)}, or fewer replicas"
+        )
+
+
+def _require_no_other() -> None:
+    """A cluster serves at one address only, whatever a second one asks for, and who ends it ends
+    what others serve."""
+    running = serve.status()
+    if running.proxies or running.applications:
+        raise UserError(
+            "this cluster serves already: expected one that does not. Add a service to it with "
+            "`serve run rl_ft.serving:app model=DIR --name NAME --route-prefix /NAME`"
+        )
 
 
 def _require_free(host: str, port: int) -> None:

@@ -6,7 +6,6 @@ cannot work from the start is an error, when the stage begins.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import logging
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from envs.errors import UserError
 from rl_ft.recipe import flatten
+from rl_ft.run_folder import run_id
 from rl_ft.series import SERIES, STEP_BOUNDS_S
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class WandbSink:
         try:
             self._run = wandb.init(
                 project=project,
-                id=hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16],
+                id=run_id(root),
                 name=root.name,
                 dir=str(root),
                 # Offline every stage leaves a part of its own; `wandb sync` joins them by the id.

@@ -8,7 +8,6 @@ measure again. Worlds run in parallel, one per core; the states do not depend on
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from envs.scenario import expand, load_scenario
 from envs.types import Action, Decision, Outcome
 from envs.world import World
 from rl_ft.config import Config
+from rl_ft.cores import usable_cores
 from rl_ft.interrupt import handed_out
 from rl_ft.progress import track
 from rl_ft.worlds import draw_driver, worth_asking
@@ -87,7 +87,7 @@ def collect_states(config: Config) -> list[DecisionState]:
     random.Random(config.seed).shuffle(scenarios)
     num_episodes = math.ceil(SPARE * wanted / prepare.states_per_episode)
     jobs = [(scenarios[i % len(scenarios)], config.seed * 100_003 + i) for i in range(num_episodes)]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         try:
             episodes = handed_out(pool, lambda job: _episode_states(config, *job), jobs)
             shown = track(episodes, "decision states", total=len(jobs), unit="episodes")

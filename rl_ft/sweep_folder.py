@@ -23,17 +23,14 @@ from envs.errors import UserError
 from rl_ft.config import Config
 from rl_ft.prepare import require_model
 from rl_ft.recipe import flatten, load_config, read_config
-from rl_ft.run_folder import take_lock, write_atomically
+from rl_ft.run_folder import STAGE_SECTIONS, take_lock, write_atomically
 from rl_ft.space import Point, read_space
 
 SWEEP_FILE = "sweep.yaml"
 RECIPE_FILE = "recipe.yaml"
 
-SECTIONS = {
-    "prepare": ("seed", "decision_format", "scenarios", "model", "prepare", "reward"),
-    "sft": ("seed", "decision_format", "scenarios", "model", "prepare", "reward", "sft"),
-}
-"""Stages that trials can share, and the parts of the configuration that decide what they make."""
+SHARED = ("prepare", "sft")
+"""Stages that trials can share."""
 
 IRRELEVANT = {
     "sft": (
@@ -46,7 +43,8 @@ IRRELEVANT = {
         "reward.format_invalid",
     )
 }
-"""What of these does not decide it after all: what an answer earns is looked at by GRPO alone."""
+"""What of their sections does not decide what they make after all: what an answer earns is looked
+at by GRPO alone."""
 IRRELEVANT["prepare"] = (*IRRELEVANT["sft"], "model.lora", "model.dtype", "model.max_prompt_length")
 
 CHECKS_PER_TRIAL = 4
@@ -182,7 +180,7 @@ def shared_stages(configs: Sequence[Config]) -> list[dict[str, str]]:
     """For each configuration the stages that it has in common with another, by name of what is
     made: `prepare-2` is what the second group of alike ones shares."""
     shared: list[dict[str, str]] = [{} for _ in configs]
-    for stage in SECTIONS:
+    for stage in SHARED:
         alike: dict[str, list[int]] = {}
         for index, config in enumerate(configs):
             alike.setdefault(_fingerprint(config, stage), []).append(index)
@@ -203,7 +201,7 @@ def _trials(points: Sequence[Point], configs: Sequence[Config]) -> tuple[Trial, 
 
 
 def _fingerprint(config: Config, stage: str) -> str:
-    leaves = flatten(config.model_dump(mode="json", include=set(SECTIONS[stage])))
+    leaves = flatten(config.model_dump(mode="json", include=set(STAGE_SECTIONS[stage])))
     decisive = {
         key: value
         for key, value in leaves.items()

@@ -5,7 +5,9 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
+from envs.errors import UserError
 from rl_ft.config import Config
+from rl_ft.recipe import load_config
 from rl_ft.sections import GrpoConfig
 
 
@@ -68,6 +70,12 @@ def test_lookahead_tries_as_far_as_rewards_are_measured():
     assert config.lookahead_horizon_s == 60
     config = Config.model_validate({"evaluate": {"lookahead_horizon_s": 20}})
     assert config.lookahead_horizon_s == 20
+
+
+def test_a_squashed_cost_wants_a_scale_of_its_own_from_a_recipe_too():
+    with pytest.raises(UserError, match=r"set reward\.scale_veh_s"):
+        load_config("smoke", ["reward.traffic=tanh"])
+    load_config("smoke", ["reward.traffic=tanh", "reward.scale_veh_s=300"])
 
 
 def test_the_engine_must_have_room_for_prompt_and_completion():

@@ -145,8 +145,22 @@ def test_without_a_place_of_its_own_an_export_lies_in_the_run(full_run):
 
 def test_a_run_of_an_earlier_version_of_the_settings_can_be_exported(full_run, tmp_path):
     shutil.copytree(full_run, tmp_path / "run")
-    (tmp_path / "run" / ".done" / f"grpo.{START}").write_text('{"config_hash": "other"}')
+    changed(tmp_path / "run" / ".done" / f"grpo.{START}", config_hash="other")
     assert exported(tmp_path / "run", "merged", tmp_path / "out").is_dir()
+
+
+def test_the_commit_is_that_which_trained_whatever_went_on_with_the_run_later(full_run, tmp_path):
+    manifest = json.loads((full_run / "manifest.json").read_text())
+    later = manifest["starts"][-1] | {"start": "2999-01-01T00:00:00+00:00", "git_commit": "later"}
+    shutil.copytree(full_run, tmp_path / "run")
+    changed(tmp_path / "run" / "manifest.json", starts=[*manifest["starts"], later])
+    out = exported(tmp_path / "run", "merged", tmp_path / "out")
+    said = json.loads((out / "export.json").read_text())["git_commit"]
+    assert said == manifest["starts"][-1]["git_commit"]
+
+
+def changed(file, **content):
+    file.write_text(json.dumps(json.loads(file.read_text()) | content))
 
 
 # ---- the adapter

@@ -183,6 +183,18 @@ def test_a_path_that_cannot_be_opened_is_named_with_what_is_missing(url):
         Mirror(url)
 
 
+def test_where_one_run_is_copied_to_no_other_is(url, tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"run_id": name}))
+    Copier(url, tmp_path / "one").finish()
+    with pytest.raises(UserError, match="another run"):
+        Copier(url, tmp_path / "other")
+    Mirror(url).pull(tmp_path / "elsewhere")
+    Copier(url, tmp_path / "elsewhere").finish()
+    assert (tmp_path / "elsewhere" / "manifest.json").read_text() == '{"run_id": "one"}'
+
+
 def test_a_copy_that_fails_does_not_end_a_run(run, tmp_path, caplog):
     (tmp_path / "far").write_text("a file where a folder should be")
     Copier(f"file://{tmp_path}/far", run).finish()

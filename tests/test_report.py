@@ -12,6 +12,7 @@ import pytest
 from envs.metrics import gridlock_rate, paired_difference, summarise
 from rl_ft import findings, plots, report
 from rl_ft.config import Config
+from rl_ft.monitor import read_record
 from rl_ft.run_folder import RunFolder
 
 BASELINE = "max_pressure"
@@ -312,7 +313,7 @@ def test_every_policy_and_scenario_is_in_the_closed_loop_table(page):
 
 def test_the_torn_last_line_of_a_killed_run_is_left_out(tmp_path):
     write_run(tmp_path, results=None)
-    lines = report.read_metric_lines(tmp_path / "metrics.jsonl")
+    lines = read_record(tmp_path)
     assert len(lines) == 2 * 226 + 2 * 120 + 2 * 7
 
 

@@ -11,7 +11,7 @@ from envs.errors import UserError
 from rl_ft import run_folder as module
 from rl_ft.pipeline import STAGES
 from rl_ft.recipe import load_config, read_config
-from rl_ft.run_folder import STAGE_SECTIONS, RunFolder, stage_hash, write_atomically
+from rl_ft.run_folder import STAGE_SECTIONS, RunFolder, run_id, stage_hash, write_atomically
 
 
 @pytest.fixture
@@ -63,11 +63,15 @@ def test_part_of_a_stage_is_marked_on_its_own(run_folder):
     assert not run_folder.stage_done("grpo/max_pressure")
 
 
-def test_a_run_is_complete_when_every_stage_is_done(run_folder):
-    for stage in STAGE_SECTIONS:
-        assert not run_folder.is_complete
-        run_folder.mark_done(stage)
-    assert run_folder.is_complete
+def test_a_run_is_known_by_the_same_name_when_it_goes_on(tmp_path, config):
+    known = set()
+    for resume in (False, True):
+        RunFolder.create(tmp_path / "run", config, resume=resume).finish("finished")
+        known.add(run_id(tmp_path / "run"))
+    assert len(known) == 1
+    assert known != {None}
+    RunFolder.create(tmp_path / "other", config, resume=False)
+    assert run_id(tmp_path / "other") not in known
 
 
 def test_stages_and_their_sections_are_the_same_list():

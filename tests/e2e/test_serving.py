@@ -17,9 +17,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from loop_case import START, loop_config, wait_for
 from port_case import free_port
 from pydantic import TypeAdapter
+from ray import serve
 
 from envs.answers import Parsed, offered, parse
 from envs.controllers import max_pressure
@@ -31,7 +33,7 @@ from rl_ft.actors import RemoteAsk
 from rl_ft.config import Config
 from rl_ft.crew import Samplers
 from rl_ft.render import Renderer
-from rl_ft.serving import Policy, app
+from rl_ft.serving import Policy, app, serve_model
 from rl_ft.vote import voting
 
 pytestmark = pytest.mark.e2e
@@ -257,6 +259,7 @@ def test_what_can_be_asked_is_described(service):
         (("--host", "0.0.0.0"), "lets others ask: expected a secret in RLFT_TOKEN"),
         (("--set", "ray.addres=auto"), "ray.addres"),
         (("--port", "{taken}"), "expected a free port, got Address already in use"),
+        (("--replicas", "5"), "--set ray.num_cpus=5, or fewer replicas"),
     ],
 )
 def test_a_service_that_cannot_be_is_named(prepared, service, options, said):
@@ -270,6 +273,19 @@ def test_a_service_that_cannot_be_is_named(prepared, service, options, said):
     )
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def test_a_cluster_that_serves_already_is_left_as_it_is(prepared):
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
+        asked = {"host": "127.0.0.1", "port": free_port(), "replicas": 1, "config": Config()}
+        with pytest.raises(UserError, match="serves already"):
+            serve_model(prepared / "sft" / START, **asked, on_ready=print)
+        assert serve.status().proxies
+    finally:
+        serve.shutdown()
+        ray.shutdown()
 
 
 def test_a_model_that_is_none_is_named(tmp_path):
