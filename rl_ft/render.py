@@ -85,10 +85,6 @@ class Renderer:
         """An answer as the model should give it, the end token included."""
         return (*self._tokenizer.encode(text, add_special_tokens=False), self.eos_id)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer, without special tokens."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
     def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        """`decode` for many at once."""
+        """The texts of answers, without special tokens."""
         return self._tokenizer.batch_decode(sequences, skip_special_tokens=True)

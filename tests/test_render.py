@@ -36,7 +36,7 @@ def test_an_answer_ends_with_the_end_token_and_decodes_without_it(renderer):
     ids = renderer.answer_ids('{"phase": "C"}')
     assert len(ids) == 4
     assert ids[-1] == renderer.eos_id != renderer.pad_id
-    assert renderer.decode(ids) == '{"phase": "C"}'
+    assert renderer.decode_batch([ids]) == ['{"phase": "C"}']
     assert renderer.decode_batch([ids, ids[1:2]]) == ['{"phase": "C"}', "C"]
 
 
