@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
 import time
@@ -103,7 +104,8 @@ class RemoteGenerate:
 
 
 class RemoteAsk:
-    """`rl_ft.closed_loop.Ask` over the generators: their most likely answers, in one batch."""
+    """`rl_ft.closed_loop.Ask` over the generators: the most likely answers, each generator's share
+    in one batch."""
 
     def __init__(self, samplers: Samplers, render: Render, config: Config) -> None:
         self._samplers, self._render = samplers, render
@@ -118,12 +120,14 @@ class RemoteAsk:
             self._render.prompt_ids(dialect.messages(d, instructions=self._instructions))
             for d in decisions
         ]
-        answers = asyncio.run(
-            self._samplers.generate(
-                prompts, num_samples=1, temperature=0.0, max_tokens=self._max_tokens
-            )
-        )
-        return [completions[0] for completions in answers]
+        size = math.ceil(len(prompts) / len(self._samplers.posts))
+        shares = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        return asyncio.run(self._answers(shares))
+
+    async def _answers(self, shares: Sequence[Sequence[Sequence[int]]]) -> list[Completion]:
+        greedy = {"num_samples": 1, "temperature": 0.0, "max_tokens": self._max_tokens}
+        parts = await asyncio.gather(*(self._samplers.generate(s, **greedy) for s in shares))
+        return [completions[0] for part in parts for completions in part]
 
 
 class WorldService(WorldPool):

@@ -6,9 +6,11 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from decision_case import decision, lane, observation
 
+from envs.dialect import observation_text
 from rl_ft import actors
-from rl_ft.actors import RemoteGenerate
+from rl_ft.actors import RemoteAsk, RemoteGenerate
 from rl_ft.config import Config
 from rl_ft.crew import Samplers
 from rl_ft.weights import WeightsError
@@ -92,3 +94,27 @@ def test_nothing_is_sampled_with_weights_that_did_not_arrive():
     with pytest.raises(WeightsError, match="arrived altered"):
         asyncio.run(ask(generator, generator.fail()))
     assert generator.events == []
+
+
+class Echo:
+    """Answers with what it was asked, and remembers how much that was."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.generate = SimpleNamespace(remote=self._generate)
+
+    async def _generate(self, prompts, **settings):
+        self.asked.append(len(prompts))
+        return [[prompt] for prompt in prompts]
+
+
+@pytest.mark.parametrize(("num", "shares"), [(5, [3, 2]), (1, [1])])
+def test_several_generators_share_the_questions_and_answers_keep_their_order(num, shares):
+    echoes = [Echo(), Echo()]
+    starts = [lambda _, echo=echo: echo for echo in echoes]
+    samplers = Samplers(starts, max_failures=0, call_timeout_s=10)
+    render = SimpleNamespace(prompt_ids=lambda messages: messages[-1]["content"])
+    decisions = [decision(observation(lane(queue=i))) for i in range(num)]
+    answers = RemoteAsk(samplers, render, Config())(decisions)
+    assert answers == [observation_text(each) for each in decisions]
+    assert [size for echo in echoes for size in echo.asked] == shares
