@@ -17,7 +17,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 from loop_case import START, loop_config, wait_for
 from port_case import free_port
 from pydantic import TypeAdapter
@@ -30,6 +29,7 @@ from envs.scenario import load_scenario
 from envs.types import Action, Decision
 from envs.world import World
 from rl_ft.actors import RemoteAsk
+from rl_ft.cluster import ray_session
 from rl_ft.config import Config
 from rl_ft.crew import Samplers
 from rl_ft.render import Renderer
@@ -276,16 +276,15 @@ def test_a_service_that_cannot_be_is_named(prepared, service, options, said):
 
 
 def test_a_cluster_that_serves_already_is_left_as_it_is(prepared):
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
+    with ray_session(Config()):
         serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
-        asked = {"host": "127.0.0.1", "port": free_port(), "replicas": 1, "config": Config()}
-        with pytest.raises(UserError, match="serves already"):
-            serve_model(prepared / "sft" / START, **asked, on_ready=print)
-        assert serve.status().proxies
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+        try:
+            asked = {"host": "127.0.0.1", "port": free_port(), "replicas": 1, "config": Config()}
+            with pytest.raises(UserError, match="serves already"):
+                serve_model(prepared / "sft" / START, **asked, on_ready=print)
+            assert serve.status().proxies
+        finally:
+            serve.shutdown()
 
 
 def test_a_model_that_is_none_is_named(tmp_path):
