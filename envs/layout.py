@@ -21,7 +21,7 @@ from envs.types import SECTORS, TURNS, JunctionSpec, LaneSpec, Phase, Turn
 DETECTOR_RANGE_M = 200.0
 """How far upstream of the stop line detectors see; RESCO's value."""
 
-_TURNS: dict[str, Turn] = {
+_TURN_OF_LETTER: dict[str, Turn] = {
     "s": "through",
     "l": "left",
     "L": "left",
@@ -29,6 +29,7 @@ _TURNS: dict[str, Turn] = {
     "R": "right",
     "t": "turnaround",
 }
+
 Direction = tuple[int, str, str, Turn]
 """Index of its light in the signal's state, incoming lane, outgoing lane, turn."""
 
@@ -106,7 +107,7 @@ def _link_directions(
                 continue
             turn = next(
                 (
-                    _TURNS.get(link[6], "through")
+                    _TURN_OF_LETTER.get(link[6], "through")
                     for link in libsumo.lane.getLinks(incoming)
                     if link[0] == outgoing
                 ),
@@ -240,7 +241,7 @@ def _links() -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     for lane in libsumo.lane.getIDList():
         if not lane.startswith(":"):
             links = libsumo.lane.getLinks(lane)
-            yield lane, [link for link in links if _TURNS.get(link[6]) != "turnaround"]
+            yield lane, [link for link in links if _TURN_OF_LETTER.get(link[6]) != "turnaround"]
 
 
 def _controlled_lanes() -> frozenset[str]:

@@ -24,6 +24,9 @@ from envs.generator import generate
 from envs.scenario_check import check_scenario
 from envs.types import Scenario, SignalTiming
 
+Options = tuple[tuple[str, str], ...]
+"""SUMO's, by name."""
+
 MAX_SEED = 2**31 - 1
 MAX_RANGE = 10_000
 
@@ -104,9 +107,6 @@ def traffic(name: str) -> str:
     elif kind != "resco":
         base = ",".join(str(Path(part.strip()).resolve()) for part in base.split(","))
     return base if percent == 100 else f"{base}%{percent}"
-
-
-Options = tuple[tuple[str, str], ...]
 
 
 def _scaled(options: Options, percent: int) -> Options:
