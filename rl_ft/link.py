@@ -11,7 +11,8 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,20 @@ def transfer_limit_s(config: Config) -> float:
     """For the others to come, and then for all tensors: of what an engine may take for a call, the
     last third is for fetching what was not sent."""
     return config.generation.call_timeout_s / 3
+
+
+@contextmanager
+def reserved_port(host: str) -> Iterator[int]:
+    """A port that is for a server of this machine alone, which may listen there meanwhile.
+
+    Whoever asks for any port is given another one: engines that were told to come here would wait,
+    with whoever took it, until their time is over. Servers that allow the address to be reused can
+    be started, as those of torch and vLLM are.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind((host, 0))
+        yield holder.getsockname()[1]
 
 
 class LearnerLink:
@@ -146,25 +161,28 @@ class Sender:
         """
         from rl_ft.transfer import TransferError, in_time
 
-        place = self._place(version, is_wanted)
-        if place is None:
-            ray.get(self._meeting.call_off.remote())
-            self._num_missed += is_wanted()
-            return
-        try:
-            in_time(partial(self._broadcast, state_dict, place), self._limit_s)
-            self._num_missed = 0
-        except TransferError:
-            raise
-        except Exception:
-            # Of an engine that died: the others notice, and fetch it as its successor does.
-            log.warning("version %d was not sent, it is fetched", version, exc_info=True)
-            self._leave()
-            self._name = uuid.uuid4().hex
-            self._num_missed += 1
+        members = self._gathered(version, is_wanted)
+        host = ray.util.get_node_ip_address()
+        with reserved_port(host) as port:
+            place = Place(members=members or (), host=host, port=port)
+            if members is None or not ray.get(self._meeting.invite.remote(version, place)):
+                ray.get(self._meeting.call_off.remote())
+                self._num_missed += is_wanted()
+                return
+            try:
+                in_time(partial(self._broadcast, state_dict, place), self._limit_s)
+                self._num_missed = 0
+            except TransferError:
+                raise
+            except Exception:
+                # Of an engine that died: the others notice, and fetch it as its successor does.
+                log.warning("version %d was not sent, it is fetched", version, exc_info=True)
+                self._leave()
+                self._name = uuid.uuid4().hex
+                self._num_missed += 1
 
-    def _place(self, version: int, is_wanted: Callable[[], bool]) -> Place | None:
-        """Where all engines were told to go, once all have come."""
+    def _gathered(self, version: int, is_wanted: Callable[[], bool]) -> tuple[str, ...] | None:
+        """Who has come, by seat, once all engines have; None if they will not."""
         until = time.monotonic() + GATHER_S
         members = None
         while members is None:
@@ -173,10 +191,7 @@ class Sender:
             members = ray.get(self._meeting.gathered.remote(version, POLL_S))
             if members is None and ray.get(self._meeting.is_off.remote(version)):
                 return None
-        host = ray.util.get_node_ip_address()
-        with socket.create_server((host, 0)) as free:
-            place = Place(members=members, host=host, port=free.getsockname()[1])
-        return place if ray.get(self._meeting.invite.remote(version, place)) else None
+        return members
 
     def _broadcast(self, state_dict: Mapping[str, Tensor], place: Place) -> None:
         from rl_ft.transfer import open_group

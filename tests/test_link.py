@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
+import socket
 
 import pytest
 import ray
@@ -14,7 +15,7 @@ from rl_ft import link
 from rl_ft.actors import GeneratorActor
 from rl_ft.config import Config
 from rl_ft.crew import Samplers
-from rl_ft.link import MAX_MISSED, Sender
+from rl_ft.link import MAX_MISSED, Sender, reserved_port
 from rl_ft.sections import TinyModelConfig
 from rl_ft.tiny import build_tiny
 from rl_ft.weights import publish, read_folder
@@ -64,6 +65,15 @@ def test_what_nobody_comes_for_is_offered_so_often_and_no_more(alone):
     for version in range(MAX_MISSED + 1):
         sender.send(tensors, version, sender.offer(tensors, version))
     assert sender.offer(tensors, MAX_MISSED + 1) is None
+
+
+def test_a_reserved_port_is_for_the_server_that_it_was_reserved_for():
+    with reserved_port("127.0.0.1") as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        store = torch.distributed.TCPStore("127.0.0.1", port, 1, is_master=True)
+        store.set("name", "value")
+        assert store.get("name") == b"value"
 
 
 @pytest.mark.parametrize("transport", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
