@@ -14,6 +14,9 @@ from envs.types import Action, Decision
 PROGRAMS = ("fixed", "actuated")
 """Controllers that are programs of the network itself."""
 
+EXTENDED_S = 15
+EXTENDING_VEH = 4
+
 
 def max_pressure(decision: Decision) -> Action:
     """The legal phase with the largest difference of queues before and behind the junction.
@@ -42,6 +45,22 @@ def max_wave(decision: Decision) -> Action:
     )
 
 
+def max_wave_extended(decision: Decision) -> Action:
+    """Max-wave that keeps a green for `EXTENDED_S` while it has `EXTENDING_VEH` to serve.
+
+    Counted are vehicles that queue or come within 50 m. As an actuated signal does, it lets a queue
+    go before it changes: where choices are made every few seconds and roads are full, max-wave
+    itself spends much of the time in yellow.
+    """
+    seen = decision.observation
+    served = [seen.lanes[lane] for lane in decision.junction.phases[seen.current].lanes]
+    waiting_veh = sum(lane.queue_veh + lane.moving_veh[0] for lane in served)
+    extends = seen.green_s < EXTENDED_S and waiting_veh >= EXTENDING_VEH
+    if extends and seen.current in decision.legal:
+        return Action(phase=seen.current)
+    return max_wave(decision)
+
+
 def random_phase(decision: Decision) -> Action:
     """A legal phase at random; the instant and the simulation's seed decide which."""
     key = f"{decision.seed}/{decision.observation.time_s}/{decision.junction.tls_id}"
@@ -57,5 +76,6 @@ def _best(decision: Decision, score: Callable[[int], float]) -> Action:
 CONTROLLERS: dict[str, Callable[[Decision], Action]] = {
     "max_pressure": max_pressure,
     "max_wave": max_wave,
+    "max_wave_extended": max_wave_extended,
     "random": random_phase,
 }

@@ -147,7 +147,8 @@ def evaluate(
     controller: Annotated[
         list[str] | None,
         typer.Option(
-            help="fixed, actuated, max_pressure, max_wave, random or lookahead; may be repeated."
+            help="fixed, actuated, max_pressure, max_wave, max_wave_extended, random or lookahead; "
+            "may be repeated."
         ),
     ] = None,
     model: Annotated[list[Path] | None, typer.Option(help="Model folder; may be repeated.")] = None,

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from envs.reward import TrafficTerm
 
 Teacher = Literal["max_pressure", "lookahead", "given"]
-Controller = Literal["fixed", "actuated", "max_pressure", "max_wave", "random", "lookahead"]
+Base = Literal["max_wave", "max_wave_extended", "max_pressure"]
+Controller = Literal["fixed", "actuated", "random", "lookahead", Base]
 
 
 class Section(BaseModel):
@@ -130,7 +131,7 @@ class RewardConfig(Section):
     """What an answer earns: weights on the terms of a measured Outcome, plus the format."""
 
     horizon_s: float = Field(30.0, gt=0)
-    follow: Literal["max_wave", "max_pressure"] = "max_wave"
+    follow: Base = "max_wave"
     """Base controller that continues after the candidate action."""
     traffic: TrafficTerm = "regret"
     """How a cost becomes a reward: regret, tanh or tanh_relative (`envs.reward`)."""

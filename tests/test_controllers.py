@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from decision_case import decision, lane, observation
 
-from envs.controllers import max_pressure, max_wave, random_phase
+from envs.controllers import max_pressure, max_wave, max_wave_extended, random_phase
 from envs.errors import UserError
 from envs.scenario import load_scenario
 from envs.types import Action
@@ -33,9 +33,20 @@ def test_max_wave_counts_queued_and_approaching_vehicles():
     assert max_wave(decision(seen, (0, 1))).phase == 1
 
 
+@pytest.mark.parametrize(
+    ("queue", "near", "green_s", "phase"),
+    [(4, 0, 14, 0), (1, 3, 14, 0), (1, 2, 14, 1), (4, 0, 15, 1)],
+    ids=["it queues", "it comes near", "too few", "for long enough"],
+)
+def test_extended_max_wave_keeps_a_green_that_has_vehicles_to_serve(queue, near, green_s, phase):
+    seen = observation(lane(queue, (near, 0, 0)), lane(9), green_s=green_s)
+    assert max_wave(decision(seen, (0, 1))).phase == 1
+    assert max_wave_extended(decision(seen, (0, 1))).phase == phase
+
+
 def test_only_legal_phases_are_chosen():
     seen = observation(lane(9), lane(9), lane(9))
-    for controller in (max_pressure, max_wave, random_phase):
+    for controller in (max_pressure, max_wave, max_wave_extended, random_phase):
         assert controller(decision(seen, (1,))).phase == 1
 
 
