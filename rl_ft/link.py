@@ -161,11 +161,8 @@ class Sender:
         """
         from rl_ft.transfer import TransferError, in_time
 
-        members = self._gathered(version, is_wanted)
-        host = ray.util.get_node_ip_address()
-        with reserved_port(host) as port:
-            place = Place(members=members or (), host=host, port=port)
-            if members is None or not ray.get(self._meeting.invite.remote(version, place)):
+        with self._place(version, is_wanted) as place:
+            if place is None:
                 ray.get(self._meeting.call_off.remote())
                 self._num_missed += is_wanted()
                 return
@@ -180,6 +177,18 @@ class Sender:
                 self._leave()
                 self._name = uuid.uuid4().hex
                 self._num_missed += 1
+
+    @contextmanager
+    def _place(self, version: int, is_wanted: Callable[[], bool]) -> Iterator[Place | None]:
+        """Where all engines were told to go, once all have come, and nobody else can listen."""
+        members = self._gathered(version, is_wanted)
+        if members is None:
+            yield None
+            return
+        host = ray.util.get_node_ip_address()
+        with reserved_port(host) as port:
+            place = Place(members=members, host=host, port=port)
+            yield place if ray.get(self._meeting.invite.remote(version, place)) else None
 
     def _gathered(self, version: int, is_wanted: Callable[[], bool]) -> tuple[str, ...] | None:
         """Who has come, by seat, once all engines have; None if they will not."""
