@@ -19,13 +19,16 @@ import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from envs.city import HOUR_S, SLICE_S, City, Crossing, Stream, draw_city, streams
+from envs.city import City, Stream, draw_city, draw_grid, streams
+from envs.crossing import HOUR_S, SLICE_S, Crossing
 from envs.errors import UserError
 from envs.program import SATURATION_VPH, add_own_greens, plan_signals, write_actuated
 from envs.types import Scenario
 
 DELAY_BOUNDS_S = (12.0, 42.0)
 """Mean delay that a generated city may have when its signals are actuated."""
+GRID_DELAY_BOUNDS_S = (25.0, 90.0)
+"""The same of a grid, whose vehicles pass several signals."""
 MAX_TRIES = 4
 SHORT_EXIT_M = 90.0
 """A way out shorter than this goes on with a second edge, if the approach beside it has one."""
@@ -34,30 +37,40 @@ MIN_PROBABILITY = 2e-5
 """Flows of fewer vehicles a second are left out."""
 TOOL_TIMEOUT_S = 120.0
 
+KINDS = ("generated", "grid")
+"""What is drawn from a seed: one junction or two in a row; a grid of three to nine."""
+
 NET_NAME = "city.net.xml"
 ROUTES_NAME = "city.rou.xml"
 
 
-def generate(seed: int, directory: Path) -> Scenario:
-    """The scenario of a seed, built into `directory` unless it is already there."""
+def generate(seed: int, directory: Path, kind: str = "generated") -> Scenario:
+    """The scenario of a kind (of `KINDS`) and a seed, built into `directory` unless it is there."""
     shelf = directory / fingerprint()
-    home = shelf / f"generated-{seed}"
+    home = shelf / f"{kind}-{seed}"
     if not home.is_dir():
         shelf.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".generated-{seed}-", dir=shelf))
+        aside = Path(tempfile.mkdtemp(prefix=f".{kind}-{seed}-", dir=shelf))
         try:
-            _build(draw_city(seed), aside)
+            _build(draw_grid(seed) if kind == "grid" else draw_city(seed), aside)
             _publish(aside, home)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    return _scenario(seed, home)
+    return _scenario(f"{kind}:{seed}", home)
 
 
 @functools.cache
 def fingerprint() -> str:
     """Name of this way to generate: another one (code or SUMO) never finds the files of this."""
     digest = hashlib.sha256(importlib.metadata.version("eclipse-sumo").encode())
-    for name in ("city.py", "lane_use.py", "program.py", "signals.py", "generator.py"):
+    for name in (
+        "city.py",
+        "crossing.py",
+        "lane_use.py",
+        "program.py",
+        "signals.py",
+        "generator.py",
+    ):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()[:8]
 
@@ -72,9 +85,9 @@ def _publish(aside: Path, home: Path) -> None:
             raise
 
 
-def _scenario(seed: int, home: Path) -> Scenario:
+def _scenario(name: str, home: Path) -> Scenario:
     return Scenario(
-        name=f"generated:{seed}",
+        name=name,
         kind="generated",
         net_file=str(home / NET_NAME),
         route_files=(str(home / ROUTES_NAME),),
@@ -127,11 +140,10 @@ def _build_network(city: City, net: Path) -> None:
         _add_node(nodes, f"c{c}", crossing.x_m, crossing.y_m, type="traffic_light", tl=f"c{c}")
         nodes[-1].set("tlLayout", city.layout)
         for a in range(len(crossing.arms)):
-            if not city.is_link(a):
+            if not city.leads_to(c, a):
                 _add_arm(nodes, edges, c, a, crossing)
         _add_connections(city, connections, c, crossing)
-    if len(city.crossings) == 2:
-        _add_link(city, nodes, edges)
+    _add_links(city, edges)
     with tempfile.TemporaryDirectory() as scratch:
         options = []
         for option, root in (("node", nodes), ("edge", edges), ("connection", connections)):
@@ -209,12 +221,13 @@ def _add_side_road(
     _add_edge(edges, name, (f"n{c}_{a}_0", name), 1, SIDE_ROAD_MPS, arm.priority - 2)
 
 
-def _add_link(city: City, nodes: ET.Element, edges: ET.Element) -> None:
-    """The road between two crossings, each direction one edge."""
-    for c in range(2):
-        arm = city.crossings[c].arms[0]
-        ends = (f"c{1 - c}", f"c{c}")
-        _add_edge(edges, f"in{c}_0_0", ends, arm.lanes_in, arm.speed_mps, arm.priority)
+def _add_links(city: City, edges: ET.Element) -> None:
+    """The roads between crossings, each direction one edge."""
+    for c, crossing in enumerate(city.crossings):
+        for a, arm in enumerate(crossing.arms):
+            if arm.leads_to:
+                ends = (f"c{arm.leads_to[0]}", f"c{c}")
+                _add_edge(edges, f"in{c}_{a}_0", ends, arm.lanes_in, arm.speed_mps, arm.priority)
 
 
 def _exit_edges(crossing: Crossing, c: int, a: int) -> list[str]:
@@ -242,7 +255,7 @@ def _build_demand(city: City, net: Path, routes: Path, scale: float) -> None:
 
     Of at most `MAX_TRIES` the one nearest to the bounds stays.
     """
-    low_s, high_s = DELAY_BOUNDS_S
+    low_s, high_s = DELAY_BOUNDS_S if len(city.crossings) <= 2 else GRID_DELAY_BOUNDS_S
     low, high = 0.0, math.inf
     tried: list[tuple[float, float]] = []
     while len(tried) < MAX_TRIES:
@@ -299,8 +312,8 @@ def _edges(city: City, stream: Stream) -> list[str]:
     if not stream.path:
         return [*edges[:-1], f"side{c}_{a}_{stream.side}"]
     for crossing, to_arm in stream.path:
-        if city.is_link(to_arm):
-            edges.append(f"in{1 - crossing}_0_0")
+        if city.leads_to(crossing, to_arm):
+            edges.append(city.exit_edge(crossing, to_arm))
         else:
             edges += _exit_edges(city.crossings[crossing], crossing, to_arm)
     return edges

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from envs.city import MAIN_PRIORITY, City, Crossing, streams
+from envs.city import City, streams
+from envs.crossing import MAIN_PRIORITY, Crossing
 from envs.signals import green_states, transition_state
 
 SATURATION_VPH = 1800.0
@@ -254,5 +255,5 @@ def _link_volumes(city: City) -> dict[str, float]:
             for lane, _ in lanes:
                 name = f"in{c}_{a}_0_{lane}>{city.exit_edge(c, to_arm)}"
                 volumes[name] = volumes.get(name, 0.0) + stream.rate_vph / len(lanes)
-            a = 0
+            _, a = city.leads_to(c, to_arm) or (c, a)
     return volumes

@@ -1,6 +1,6 @@
 """Where worlds come from: generated cities, installed RESCO maps, the user's own SUMO files.
 
-A scenario is named by a string: `generated:<seed>`, `resco:<map>`, the path of a `.sumocfg`, or
+A scenario is named by a string: `generated:<seed>`, `grid:<seed>`, `resco:<map>`, a `.sumocfg`, or
 `a.net.xml,b.rou.xml` (one network, then one or more route files). `%150` behind any of them has
 half as many vehicles again, `@15` behind that lets its junctions choose every 15 s. What a user
 hands us is checked before a simulation sees it; every complaint is one `UserError`.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from envs.demand import departure_window, listed, parse_seconds
 from envs.errors import UserError
-from envs.generator import generate
+from envs.generator import KINDS, generate
 from envs.scenario_check import check_scenario
 from envs.types import Scenario, SignalTiming
 
@@ -55,7 +55,7 @@ NOT_TAKEN = re.compile(r"\.output$|threads$|^time-to-teleport|^max-depart-delay$
 """Options that would write files, start threads in a process that is forked, or take vehicles off
 the road: whoever waits too long is what a delay is made of."""
 
-_RANGE = re.compile(r"generated:(\d+)-(\d+)((?:%\d+)?(?:@\d+)?)")
+_RANGE = re.compile(r"(generated|grid):(\d+)-(\d+)((?:%\d+)?(?:@\d+)?)")
 _REPEATED = re.compile(r"(.+)\*([1-9]\d{0,3})")
 _NAME = re.compile(r"(.*?)(?:%([1-9]\d{1,2}))?(?:@(\d{1,4}))?", re.DOTALL)
 
@@ -73,8 +73,8 @@ def load_scenario(name: str, *, cache_dir: Path | None = None) -> Scenario:
     """
     base, percent, interval_s = _parts(name)
     kind, separator, rest = base.partition(":")
-    if separator and kind == "generated":
-        scenario = generate(_seed(name, rest), cache_dir or default_cache_dir())
+    if separator and kind in KINDS:
+        scenario = generate(_seed(name, rest), cache_dir or default_cache_dir(), kind)
     elif separator and kind == "resco":
         scenario = _resco(base, rest)
     else:
@@ -102,7 +102,7 @@ def traffic(name: str) -> str:
     """What two names have in common that are the same traffic: no pace, and files by full path."""
     base, percent, _ = _parts(name)
     kind, _, rest = base.partition(":")
-    if kind == "generated":
+    if kind in KINDS:
         base = f"{kind}:{rest.lstrip('0') or '0'}"
     elif kind != "resco":
         base = ",".join(str(Path(part.strip()).resolve()) for part in base.split(","))
@@ -131,12 +131,17 @@ def _paced(name: str, timing: SignalTiming, interval_s: int | None) -> SignalTim
     return replace(timing, decision_interval_s=interval_s)
 
 
+def is_generated(name: str) -> bool:
+    """Whether the scenario is drawn from the seed in its name."""
+    return name.partition(":")[0] in KINDS
+
+
 def require_scenarios(names: Iterable[str]) -> None:
     """Raise a `UserError` for the first name that is none; builds no generated scenario."""
     for name in dict.fromkeys(names):
         base, _, interval_s = _parts(name)
         kind, separator, rest = base.partition(":")
-        if separator and kind == "generated":
+        if separator and kind in KINDS:
             _seed(name, rest)
             _paced(name, SignalTiming(), interval_s)
         else:
@@ -182,21 +187,21 @@ def expand(names: Sequence[str]) -> tuple[str, ...]:
         if match is None:
             expanded.append(name)
             continue
-        first, last = int(match[1]), int(match[2])
+        kind, first, last, behind = match[1], int(match[2]), int(match[3]), match[4]
         if not first <= last < first + MAX_RANGE:
             raise UserError(
                 f"A range of scenarios runs upwards over at most {MAX_RANGE} seeds, such as "
                 f"generated:1-48, but {name} was asked for."
             )
-        expanded += [f"generated:{seed}{match[3]}" for seed in range(first, last + 1)]
+        expanded += [f"{kind}:{seed}{behind}" for seed in range(first, last + 1)]
     return tuple(expanded)
 
 
 def scenario_names() -> tuple[str, ...]:
-    """What can be asked for here: the pattern of generated scenarios, then the installed maps."""
+    """What can be asked for here: patterns of generated scenarios, then the installed maps."""
     root = _resco_root()
     maps = [m for m in RESCO_WINDOWS_S if root is not None and (root / m).is_dir()]
-    return ("generated:<seed>", *(f"resco:{m}" for m in sorted(maps)))
+    return (*(f"{kind}:<seed>" for kind in KINDS), *(f"resco:{m}" for m in sorted(maps)))
 
 
 def _seed(name: str, text: str) -> int:
@@ -252,7 +257,7 @@ def _user_scenario(name: str) -> Scenario:
         net, *routes = [part.strip() for part in name.split(",")]
         return _with_window(name, net, tuple(routes), (), {})
     raise UserError(
-        f"A scenario is generated:<seed>, resco:<map>, the path of a .sumocfg, or "
+        f"A scenario is generated:<seed>, grid:<seed>, resco:<map>, the path of a .sumocfg, or "
         f"net.xml,routes.rou.xml, and may end with %150 or @10, but {name!r} was asked for."
     )
 

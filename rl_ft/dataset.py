@@ -25,7 +25,7 @@ from envs import dialect
 from envs.answers import act, answer_texts, options
 from envs.controllers import max_pressure
 from envs.errors import UserError
-from envs.scenario import content_hash, expand, load_scenario, traffic
+from envs.scenario import content_hash, expand, is_generated, load_scenario, traffic
 from envs.types import Decision, DecisionFormat
 from rl_ft.config import Config
 from rl_ft.lessons import lessons
@@ -132,7 +132,7 @@ def adopt_dataset(source: Path, directory: Path, config: Config) -> Manifest:
         )
     states = read_everything(source, manifest)
     # A generated city is what its seed says; `rl-ft data check` looks at those too.
-    given = [name for name in manifest.scenarios if not name.startswith("generated:")]
+    given = [name for name in manifest.scenarios if not is_generated(name)]
     require_unchanged(given, states, manifest, source)
     with appearing(directory) as aside:
         for name in (*manifest.files, MANIFEST_FILE):

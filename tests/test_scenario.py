@@ -399,9 +399,9 @@ def test_a_share_that_cannot_be_read_is_refused(name):
 
 def test_installed_maps_are_listed_and_valid():
     names = scenario_names()
-    assert names[0] == "generated:<seed>"
-    assert len(names) == 9
-    for name in names[1:]:
+    assert names[:2] == ("generated:<seed>", "grid:<seed>")
+    assert len(names) == 10
+    for name in names[2:]:
         validate_scenario(load_scenario(name))
 
 
@@ -419,7 +419,7 @@ def test_unknown_map_lists_the_known_ones():
 def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "pip install 'rl-ft[resco]'" in complaint("resco:cologne1")
-    assert scenario_names() == ("generated:<seed>",)
+    assert scenario_names() == ("generated:<seed>", "grid:<seed>")
 
 
 def test_incomplete_package_is_noticed(monkeypatch, tmp_path):
