@@ -25,6 +25,7 @@ KINDS = {
     "generated:1": 300,
     "generated:6": 300,
     "generated:6%140@5": 300,
+    "grid:2": 200,
     "resco:cologne1": 240,
     "resco:ingolstadt7": 120,
     "user": 200,

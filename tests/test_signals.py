@@ -259,6 +259,7 @@ timings = st.builds(
         "generated:2",
         "generated:5",
         "generated:6",
+        "grid:2",
         "resco:cologne1",
         "resco:ingolstadt1",
     ],
