@@ -15,24 +15,8 @@ from envs.scenario import (
     load_scenario,
     require_scenarios,
     traffic,
-    validate_scenario,
 )
-from envs.signals import green_states
-from envs.types import Scenario
 from envs.world import World
-
-SEEDS = (1, 2, 3)
-"""Two rows with further greens, and two streets that cross two others."""
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("scenarios")
-
-
-@pytest.fixture(scope="module")
-def grids(cache) -> dict[int, Scenario]:
-    return {seed: load_scenario(f"grid:{seed}", cache_dir=cache) for seed in SEEDS}
 
 
 def turns(city: City, start: tuple[int, int], path) -> list[str]:
@@ -52,26 +36,15 @@ def test_every_shape_is_drawn():
     assert sizes == {rows * columns for rows, columns in GRID_SHAPES}
 
 
-def test_every_grid_is_valid_and_has_a_signal_at_every_junction(grids):
-    for seed, grid in grids.items():
-        validate_scenario(grid)
-        assert (grid.name, grid.kind) == (f"grid:{seed}", "generated")
-        signals = list(ET.parse(grid.net_file).getroot().iter("tlLogic"))
-        assert len(signals) == len(draw_grid(seed).crossings) >= 3
+def test_a_grid_has_a_signal_at_every_junction():
+    for seed in (1, 3):
+        net = ET.parse(load_scenario(f"grid:{seed}").net_file)
+        assert len(list(net.iter("tlLogic"))) == len(draw_grid(seed).crossings) >= 3
 
 
-def test_same_seed_gives_the_same_bytes_elsewhere(grids, tmp_path):
-    again = load_scenario("grid:2", cache_dir=tmp_path)
-    for ours, theirs in (
-        (again.net_file, grids[2].net_file),
-        (again.route_files[0], grids[2].route_files[0]),
-    ):
-        assert Path(ours).read_bytes() == Path(theirs).read_bytes()
-
-
-def test_a_grid_is_another_city_than_the_generated_one_of_its_seed(grids, cache):
-    city = load_scenario("generated:1", cache_dir=cache)
-    assert Path(city.net_file).parent != Path(grids[1].net_file).parent
+def test_a_grid_is_another_city_than_the_generated_one_of_its_seed():
+    city, grid = load_scenario("generated:1"), load_scenario("grid:1")
+    assert Path(city.net_file).parent != Path(grid.net_file).parent
     assert traffic("generated:1") != traffic("grid:1") == traffic("grid:01@5")
 
 
@@ -106,25 +79,10 @@ def test_nobody_comes_to_a_junction_twice_or_keeps_turning():
     assert any(len(stream.path) > 3 for stream in streams(city))
 
 
-def test_links_with_right_of_way_never_cross_and_greens_end_in_yellow(grids):
-    for grid in grids.values():
-        root = ET.parse(grid.net_file).getroot()
-        for logic in root.iter("tlLogic"):
-            node = next(j for j in root.iter("junction") if j.get("id") == logic.get("id"))
-            response = [r.get("response", "")[::-1] for r in node.iter("request")]
-            states = [phase.get("state", "") for phase in logic]
-            assert len(green_states(states)) >= 2
-            for state, following in zip(states, states[1:] + states[:1], strict=True):
-                green = [i for i, light in enumerate(state) if light == "G"]
-                assert not [(i, j) for i in green for j in green if response[i][j] == "1"]
-                assert not set(zip(state, following, strict=True)) & {("G", "r"), ("g", "r")}
-
-
-def test_more_vehicles_fill_roads_between_junctions(grids):
+def test_more_vehicles_fill_roads_between_junctions():
     """What grids are for: somewhere a green is of no use, because there is no room behind."""
-    scenario = load_scenario("grid:2%140@5", cache_dir=Path(grids[2].net_file).parents[2])
     with World() as world:
-        world.reset(scenario, seed=1)
+        world.reset(load_scenario("grid:2%140@5"), seed=1)
         full = 0
         while not full and not world.time()[1]:
             world.drive("max_wave", world.time()[0] + 60)
