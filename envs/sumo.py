@@ -33,6 +33,11 @@ from envs.types import (
     TripStats,
 )
 
+NUM_RNGS = 1024
+"""SUMO's lanes share 64 generators of random numbers. With one for each, what a junction does changes
+the dice of nobody whom its vehicles have not met: two branches differ by what was chosen, not by
+chance, and so do two controllers under one seed."""
+
 LOOK_EVERY = 32
 """Of so many calls of `branch`, one looks where forks write, page by page."""
 
@@ -71,7 +76,8 @@ class Simulation:
     def _options(self, additional: Sequence[str] = ()) -> list[str]:
         scenario = self.scenario
         extra = [*scenario.additional_files, *additional]
-        options = {f"--{key}": value for key, value in scenario.options} | {
+        given = {f"--{key}": value for key, value in scenario.options}
+        options = {"--thread-rngs": str(NUM_RNGS)} | given | {
             "--net-file": scenario.net_file,
             "--route-files": ",".join(scenario.route_files),
             "--begin": str(scenario.begin_s),

@@ -10,6 +10,7 @@ import pytest
 import sumo
 
 from envs.scenario import load_scenario
+from envs.sumo import NUM_RNGS
 from envs.world import World
 
 
@@ -25,6 +26,7 @@ def test_the_fixed_program_costs_what_plain_sumo_says(name, tmp_path):
         os.path.join(sumo.SUMO_HOME, "bin", "sumo"),
         *("--net-file", scenario.net_file, "--route-files", ",".join(scenario.route_files)),
         *("--begin", str(scenario.begin_s), "--end", str(scenario.end_s), "--seed", "3"),
+        *("--thread-rngs", str(NUM_RNGS)),
         *("--step-length", str(scenario.step_length_s), "--time-to-teleport", "-1"),
         *("--tripinfo-output", str(trips_file), "--tripinfo-output.write-unfinished", "true"),
         *("--no-step-log", "true", "--no-warnings", "true"),
