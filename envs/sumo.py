@@ -34,9 +34,9 @@ from envs.types import (
 )
 
 NUM_RNGS = 1024
-"""SUMO's lanes share 64 generators of random numbers. With one for each, what a junction does changes
-the dice of nobody whom its vehicles have not met: two branches differ by what was chosen, not by
-chance, and so do two controllers under one seed."""
+"""SUMO's lanes share 64 generators of random numbers. With one for each, what a junction does
+changes the dice of nobody whom its vehicles have not met: two branches differ by what was chosen,
+not by chance, and so do two controllers under one seed. More cost forks time."""
 
 LOOK_EVERY = 32
 """Of so many calls of `branch`, one looks where forks write, page by page."""
@@ -77,21 +77,25 @@ class Simulation:
         scenario = self.scenario
         extra = [*scenario.additional_files, *additional]
         given = {f"--{key}": value for key, value in scenario.options}
-        options = {"--thread-rngs": str(NUM_RNGS)} | given | {
-            "--net-file": scenario.net_file,
-            "--route-files": ",".join(scenario.route_files),
-            "--begin": str(scenario.begin_s),
-            # A flow that has a number of vehicles and no end spreads them until here.
-            "--end": str(scenario.end_s),
-            "--step-length": str(scenario.step_length_s),
-            "--seed": str(self.seed),
-            "--time-to-teleport": "-1",
-            "--tripinfo-output": str(self._trips_file),
-            "--tripinfo-output.write-unfinished": "true",
-            "--no-step-log": "true",
-            "--no-warnings": "true",
-            "--duration-log.disable": "true",
-        }
+        options = (
+            {"--thread-rngs": str(NUM_RNGS)}
+            | given
+            | {
+                "--net-file": scenario.net_file,
+                "--route-files": ",".join(scenario.route_files),
+                "--begin": str(scenario.begin_s),
+                # A flow that has a number of vehicles and no end spreads them until here.
+                "--end": str(scenario.end_s),
+                "--step-length": str(scenario.step_length_s),
+                "--seed": str(self.seed),
+                "--time-to-teleport": "-1",
+                "--tripinfo-output": str(self._trips_file),
+                "--tripinfo-output.write-unfinished": "true",
+                "--no-step-log": "true",
+                "--no-warnings": "true",
+                "--duration-log.disable": "true",
+            }
+        )
         if extra:
             options["--additional-files"] = ",".join(extra)
         return ["sumo", *(text for option in options.items() for text in option)]

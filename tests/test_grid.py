@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from envs.scenario import (
     require_scenarios,
     traffic,
 )
+from envs.types import Action, Observation
 from envs.world import World
 
 
@@ -96,3 +98,29 @@ def test_names_of_grids_are_understood_like_those_of_cities():
     assert is_generated("grid:3@5")
     assert not is_generated("resco:grid4x4")
     require_scenarios(["grid:3"])
+
+
+def seen_after(world: World, rngs: str | None, choice: int) -> list[Observation]:
+    """What the nine junctions of a grid see 30 s after the first has chosen, while the others keep
+    what they show."""
+    scenario = load_scenario("grid:7%140")
+    if rngs is not None:
+        scenario = replace(scenario, options=(*scenario.options, ("thread-rngs", rngs)))
+    world.reset(scenario, seed=1)
+    world.drive("max_wave", 600)
+    first = world.decisions()[0]
+    world.step({first.junction.tls_id: Action(phase=first.legal[choice])})
+    for _ in range(2):
+        world.step({})
+    return [decision.observation for decision in world.decisions()]
+
+
+@pytest.mark.parametrize(("rngs", "same"), [(None, True), ("1", False)])
+def test_a_choice_changes_nobodys_dice_far_away(rngs, same):
+    """SUMO's lanes share generators of random numbers unless there is one for each."""
+    with World() as world:
+        one, other = (seen_after(world, rngs, choice) for choice in (0, -1))
+    assert one[0] != other[0]
+    # The third of a row of three, and the last row.
+    far = (2, 6, 7, 8)
+    assert ([one[i] for i in far] == [other[i] for i in far]) == same
