@@ -100,6 +100,14 @@ def test_branch_says_how_many_candidates_a_scenario_has_room_for():
     assert "expected 1 to 49 for generated:1" in done.stderr
 
 
+def test_chance_compares_shared_generators_with_one_per_lane():
+    done = bench("chance.py", "--scenario", "grid:1", "--num", "4")
+    assert not done.returncode, done.stderr
+    shared, own, ratio = map(float, cells(done.stdout, "grid:1"))
+    assert own / shared == pytest.approx(ratio, rel=0.05)
+    assert shared != own > 0
+
+
 def test_step_prints_the_median_of_every_stage_and_its_share(run):
     done = bench("step.py", "--run", str(run))
     assert not done.returncode, done.stderr
