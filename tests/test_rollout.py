@@ -197,7 +197,7 @@ def test_answering_as_max_pressure_gains_nothing_over_it(worlds, config):
 def test_gain_and_regret_are_differences_of_measured_costs(worlds, config):
     rollout = config.rollout.model_copy(update={"max_refills": 0})
     config = config.model_copy(update={"rollout": rollout})
-    collected, _ = collect(worlds, config, [last, last], quota=4)
+    collected, _ = collect(worlds, config, [last, last], quota=2)
     gains, regrets = [], []
     for example in collected.examples:
         costs = example["cost_veh_s"]
@@ -205,9 +205,10 @@ def test_gain_and_regret_are_differences_of_measured_costs(worlds, config):
         gains.append(costs.get(example["teacher"], 0.0) - chosen)
         regrets.append(chosen - min(costs.values(), default=0.0))
     values = metrics(collected.tally)
-    assert values["rollout/groups"] == len(collected.examples) == 4
-    assert values["reward/gain_over_max_pressure_veh_s"] == pytest.approx(sum(gains) / 4)
-    assert values["reward/regret_veh_s"] == pytest.approx(sum(regrets) / 4)
+    num = len(collected.examples)
+    assert values["rollout/groups"] == num >= 2
+    assert values["reward/gain_over_max_pressure_veh_s"] == pytest.approx(sum(gains) / num)
+    assert values["reward/regret_veh_s"] == pytest.approx(sum(regrets) / num)
     assert any(gains)
 
 
