@@ -95,7 +95,7 @@ def run(
     resume: Resume = False,
     seed: Seed = None,
 ) -> None:
-    """The main job: prepare, sft, grpo, evaluate, report; stages that are done are skipped."""
+    """The main job: prepare, sft, grpo, evaluate, report; --resume skips stages that are done."""
     with _run_folder(recipe, overrides, out, seed, resume=resume, command="run") as folder:
         from rl_ft.pipeline import run_all
 
