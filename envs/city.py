@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 
 from envs.crossing import Crossing, Link, draw_crossing, draw_lanes
 
-Path = tuple[tuple[int, int], ...]
+Route = tuple[tuple[int, int], ...]
+"""(crossing, arm) by which each crossing on the way is left."""
 
 ARTERIAL_EVERY = 6
 """Seeds divisible by this give two junctions in a row, all others one."""
@@ -30,9 +31,12 @@ GRID_SHAPES = ((1, 3), (1, 4), (2, 2), (2, 3), (3, 3))
 BLOCK_M = (140.0, 320.0)
 """Between parallel streets."""
 MAX_TURNS = 2
+"""Of a vehicle on its way."""
 
 OWN_GREENS_EVERY = 10
 """Seeds divisible by this give approaches a green of their own, where junctions are simple."""
+GRID_OWN_GREENS_SHARE = 0.6
+"""Of grids, so many do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +52,6 @@ class City:
     permissive_left_mps: float
     """Lefts may give way inside the through phase where oncoming traffic is no faster."""
     yellow_s: int
-    turnarounds: bool
     truck_share: float
     late_lanes: bool
     """Vehicles enter on the kerb lane, SUMO's default, and look for theirs on the way: where the
@@ -74,8 +77,8 @@ class Stream:
     """Vehicles that enter by one arm and leave by another, as (crossing, arm) pairs."""
 
     entry: tuple[int, int]
-    path: Path
-    """(crossing, arm) by which each crossing on the way is left; none: by a side road before."""
+    path: Route
+    """Empty: by a side road before the first crossing."""
     side: int = 0
     """Which side road."""
     rate_vph: float
@@ -132,8 +135,9 @@ def draw_grid(seed: int) -> City:
                 main=(1, 3),
             )
         )
+    # A green for each approach alone would not serve half of what a street brings.
     city = replace(_furnished(rng, seed, tuple(crossings)), layout="opposites")
-    return _with_own_greens(rng, city) if rng.random() < 0.6 else city
+    return _with_own_greens(rng, city) if rng.random() < GRID_OWN_GREENS_SHARE else city
 
 
 def _places(rng: random.Random, num: int) -> list[float]:
@@ -143,9 +147,6 @@ def _places(rng: random.Random, num: int) -> list[float]:
 
 def _furnished(rng: random.Random, seed: int, crossings: tuple[Crossing, ...]) -> City:
     """The city of some junctions: its signals, vehicles and side roads."""
-    turnarounds = any(
-        m.turn == "turnaround" for c in crossings for a in c.arms for m in a.movements
-    )
     city = City(
         seed=seed,
         crossings=crossings,
@@ -153,7 +154,6 @@ def _furnished(rng: random.Random, seed: int, crossings: tuple[Crossing, ...]) -
         left_green_s=rng.choices((6, 10, 0), (0.65, 0.25, 0.1))[0],
         permissive_left_mps=rng.choices((19.44, 12.0), (0.8, 0.2))[0],
         yellow_s=rng.choice((3, 3, 4, 5)),
-        turnarounds=turnarounds,
         truck_share=round(rng.uniform(0.0, 0.08), 3),
         late_lanes=rng.random() < 0.5,
         load=round(rng.uniform(0.3, 0.5), 3),
@@ -194,7 +194,7 @@ def streams(city: City) -> tuple[Stream, ...]:
     for c, crossing in enumerate(city.crossings):
         for a, arm in enumerate(crossing.arms):
             if arm.rate_vph > 0:
-                for path, share in _paths(city, c, a):
+                for path, share in _routes(city, c, a):
                     found.append(
                         Stream(
                             entry=(c, a),
@@ -210,23 +210,14 @@ def streams(city: City) -> tuple[Stream, ...]:
     return tuple(found)
 
 
-def _paths(
-    city: City, crossing: int, arm: int, visited: frozenset[int] = frozenset(), turns: int = 0
-) -> Iterator[tuple[Path, float]]:
+def _routes(city: City, crossing: int, arm: int, turns: int = 0) -> Iterator[tuple[Route, float]]:
     """Ways on from an arm and their shares, which sum to one.
 
-    Nobody comes to a junction twice, and who has turned `MAX_TURNS` times goes straight on where
-    that is possible.
+    Who has turned `MAX_TURNS` times goes straight on, so nobody comes to a junction twice.
     """
-    visited |= {crossing}
-    movements = [
-        m
-        for m in city.crossings[crossing].arms[arm].movements
-        if (city.leads_to(crossing, m.to_arm) or (None,))[0] not in visited
-    ]
-    straight = [m for m in movements if m.turn == "through"]
-    if turns >= MAX_TURNS and straight:
-        movements = straight
+    movements = city.crossings[crossing].arms[arm].movements
+    if turns == MAX_TURNS:
+        movements = tuple(m for m in movements if m.turn == "through")
     total = sum(m.share for m in movements)
     for movement in movements:
         step, share = (crossing, movement.to_arm), movement.share / total
@@ -234,7 +225,7 @@ def _paths(
         if there is None:
             yield (step,), share
             continue
-        for rest, rest_share in _paths(city, *there, visited, turns + (movement.turn != "through")):
+        for rest, rest_share in _routes(city, *there, turns + (movement.turn != "through")):
             yield (step, *rest), share * rest_share
 
 

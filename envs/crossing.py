@@ -104,8 +104,8 @@ def draw_crossing(
     Arms in `links` are roads to other junctions, which must have as many lanes at their other end;
     by all others vehicles enter.
     """
-    main_speed = rng.choice((11.11, 13.89, 13.89, 16.67, 19.44))
-    minor_speed = min(main_speed, rng.choice((8.33, 11.11, 13.89, 13.89)))
+    main_mps = rng.choice((11.11, 13.89, 13.89, 16.67, 19.44))
+    minor_mps = min(main_mps, rng.choice((8.33, 11.11, 13.89, 13.89)))
     peak_s = rng.uniform(900.0, 2700.0)
     heavy = rng.uniform(1.0, 1.6)
     u_turns = [rng.uniform(0.004, 0.02) if turnarounds else 0.0 for _ in bearings]
@@ -130,7 +130,7 @@ def draw_crossing(
             Arm(
                 bearing_deg=bearing,
                 bend_deg=rng.uniform(-25.0, 25.0),
-                speed_mps=main_speed if i in main else minor_speed,
+                speed_mps=main_mps if i in main else minor_mps,
                 priority=MAIN_PRIORITY if i in main else MAIN_PRIORITY - 2,
                 segments_m=segments,
                 segment_lanes=counts,

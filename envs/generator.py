@@ -37,7 +37,7 @@ MIN_PROBABILITY = 2e-5
 """Flows of fewer vehicles a second are left out."""
 TOOL_TIMEOUT_S = 120.0
 
-KINDS = ("generated", "grid")
+KINDS = {"generated": draw_city, "grid": draw_grid}
 """What is drawn from a seed: one junction or two in a row; a grid of three to nine."""
 
 NET_NAME = "city.net.xml"
@@ -52,7 +52,7 @@ def generate(seed: int, directory: Path, kind: str = "generated") -> Scenario:
         shelf.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{kind}-{seed}-", dir=shelf))
         try:
-            _build(draw_grid(seed) if kind == "grid" else draw_city(seed), aside)
+            _build(KINDS[kind](seed), aside)
             _publish(aside, home)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

@@ -22,7 +22,7 @@ from envs.demand import departure_window, listed, parse_seconds
 from envs.errors import UserError
 from envs.generator import KINDS, generate
 from envs.scenario_check import check_scenario
-from envs.types import Scenario, SignalTiming
+from envs.types import NUM_RNGS, Scenario, SignalTiming
 
 Options = tuple[tuple[str, str], ...]
 """SUMO's, by name."""
@@ -55,7 +55,7 @@ NOT_TAKEN = re.compile(r"\.output$|threads$|^time-to-teleport|^max-depart-delay$
 """Options that would write files, start threads in a process that is forked, or take vehicles off
 the road: whoever waits too long is what a delay is made of."""
 
-_RANGE = re.compile(r"(generated|grid):(\d+)-(\d+)((?:%\d+)?(?:@\d+)?)")
+_RANGE = re.compile(rf"({'|'.join(KINDS)}):(\d+)-(\d+)((?:%\d+)?(?:@\d+)?)")
 _REPEATED = re.compile(r"(.+)\*([1-9]\d{0,3})")
 _NAME = re.compile(r"(.*?)(?:%([1-9]\d{1,2}))?(?:@(\d{1,4}))?", re.DOTALL)
 
@@ -165,6 +165,7 @@ def content_hash(scenario: Scenario) -> str:
         scenario.end_s,
         scenario.step_length_s,
         scenario.timing,
+        NUM_RNGS,
         *scenario.options,
     )
     digest = hashlib.sha256(repr(settings).encode())
@@ -174,7 +175,7 @@ def content_hash(scenario: Scenario) -> str:
 
 
 def expand(names: Sequence[str]) -> tuple[str, ...]:
-    """The names with every range `generated:1-48` replaced by its members, in order.
+    """The names with every range `generated:1-48` or `grid:1-9` replaced by its members, in order.
 
     `resco:cologne1*12` is the same one twelve times, played as often as twelve others.
     """
@@ -191,7 +192,7 @@ def expand(names: Sequence[str]) -> tuple[str, ...]:
         if not first <= last < first + MAX_RANGE:
             raise UserError(
                 f"A range of scenarios runs upwards over at most {MAX_RANGE} seeds, such as "
-                f"generated:1-48, but {name} was asked for."
+                f"{kind}:1-48, but {name} was asked for."
             )
         expanded += [f"{kind}:{seed}{behind}" for seed in range(first, last + 1)]
     return tuple(expanded)
@@ -208,7 +209,7 @@ def _seed(name: str, text: str) -> int:
     if not re.fullmatch(r"\d{1,10}", text) or int(text) > MAX_SEED:
         raise UserError(
             f"A generated scenario is named by one seed from 0 to {MAX_SEED}, such as "
-            f"generated:17, but {name} was asked for."
+            f"{name.partition(':')[0]}:17, but {name} was asked for."
         )
     return int(text)
 

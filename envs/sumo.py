@@ -23,6 +23,7 @@ from envs.ledger import Ledger, world_digest
 from envs.metrics import trip_stats
 from envs.scenario_check import check_step_length
 from envs.types import (
+    NUM_RNGS,
     Action,
     Decision,
     JointAction,
@@ -32,11 +33,6 @@ from envs.types import (
     Scenario,
     TripStats,
 )
-
-NUM_RNGS = 1024
-"""SUMO's lanes share 64 generators of random numbers. With one for each, what a junction does
-changes the dice of nobody whom its vehicles have not met: two branches differ by what was chosen,
-not by chance, and so do two controllers under one seed. More cost forks time."""
 
 LOOK_EVERY = 32
 """Of so many calls of `branch`, one looks where forks write, page by page."""

@@ -30,6 +30,13 @@ TURNS: tuple[Turn, ...] = ("turnaround", "left", "through", "right")
 """From the middle of the road to the kerb."""
 
 
+NUM_RNGS = 1024
+"""SUMO's lanes share 64 generators of random numbers. With one for each, what a junction does
+changes the dice of nobody whom its vehicles have not met: two branches differ by what was chosen,
+not by chance, and so do two controllers under one seed. Lanes beyond this number share them again;
+more generators cost forks time."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SignalTiming:
     """What a junction must respect, in seconds. RESCO's defaults (10 s decisions, 3 s yellow)."""

@@ -27,7 +27,10 @@ from rl_ft.replay import Replayed
 
 _KINDS = (
     ("generated:<seed>", "a city drawn from its seed; generated:1-48 stands for 48 of them"),
-    ("grid:<seed>", "three to nine junctions in a row or a grid, drawn from a seed"),
+    (
+        "grid:<seed>",
+        "three to nine junctions in a row or a grid, drawn from its seed; grid:1-9 too",
+    ),
     ("resco:<map>", "a map of the RESCO benchmark, shipped with the package sumo-rl"),
     ("<path>.sumocfg", "your own configuration"),
     ("<net>.net.xml,<routes>.rou.xml", "your own network and demand"),

@@ -101,11 +101,13 @@ def test_branch_says_how_many_candidates_a_scenario_has_room_for():
 
 
 def test_chance_compares_shared_generators_with_one_per_lane():
-    done = bench("chance.py", "--scenario", "grid:1", "--num", "4")
+    done = bench("chance.py", "--scenario", "resco:arterial4x4", "--num", "30")
     assert not done.returncode, done.stderr
-    shared, own, ratio = map(float, cells(done.stdout, "grid:1"))
-    assert own / shared == pytest.approx(ratio, rel=0.05)
-    assert shared != own > 0
+    shared, own, chance = cells(done.stdout, "resco:arterial4x4")
+    assert 0 < float(own) < float(shared)
+    assert float(chance.rstrip("%")) / 100 == pytest.approx(
+        1 - (float(own) / float(shared)) ** 2, abs=0.05
+    )
 
 
 def test_step_prints_the_median_of_every_stage_and_its_share(run):

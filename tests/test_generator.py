@@ -198,7 +198,7 @@ def test_concurrent_callers_get_one_complete_city(tmp_path):
 
 
 def test_cached_city_is_not_built_again(cities, cache, monkeypatch):
-    monkeypatch.setattr(generator, "draw_city", lambda _: pytest.fail("drawn again"))
+    monkeypatch.setitem(generator.KINDS, "generated", lambda _: pytest.fail("drawn again"))
     assert load_scenario("generated:1", cache_dir=cache) == cities["generated:1"]
 
 
@@ -216,7 +216,7 @@ def test_demand_out_of_bounds_is_scaled_towards_them(tmp_path, monkeypatch, load
     monkeypatch.setattr(
         generator, "_measure_delay", lambda *a: delays_s.append(measure(*a)) or delays_s[-1]
     )
-    monkeypatch.setattr(generator, "draw_city", lambda s: replace(draw_city(s), load=load))
+    monkeypatch.setitem(generator.KINDS, "generated", lambda s: replace(draw_city(s), load=load))
     generator.generate(2, tmp_path)
     assert direction * (delays_s[-1] - delays_s[0]) > 0
     low_s, high_s = generator.DELAY_BOUNDS_S

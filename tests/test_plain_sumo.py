@@ -10,7 +10,7 @@ import pytest
 import sumo
 
 from envs.scenario import load_scenario
-from envs.sumo import NUM_RNGS
+from envs.types import NUM_RNGS
 from envs.world import World
 
 

@@ -83,7 +83,7 @@ def offline(prepared, generator, tmp_path_factory):
     rows.write_text("".join(lines))
     vouch(rows)
     simulations = {}
-    settings = (*SHORT, *RETOLD, *FAST, "rollout.offline=true")
+    settings = (*SHORT, *RETOLD, "grpo.target_coef=0.3", "rollout.offline=true")
 
     def watch(root, worlds):
         wait_for(lambda: num_logged(root))
